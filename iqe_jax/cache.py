@@ -1,0 +1,15 @@
+"""Where the project keeps what it can make again: phantoms, prepared data sets, kept features.
+
+One folder per user; everything below it may be deleted at any time and is rebuilt on the next use.
+"""
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The per-user cache folder: $IQE_JAX_CACHE, else $XDG_CACHE_HOME/iqe_jax, else ~/.cache/iqe_jax. Not created."""
+    if override := os.environ.get("IQE_JAX_CACHE"):
+        return Path(override)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "iqe_jax"
