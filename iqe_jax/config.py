@@ -1,0 +1,243 @@
+"""Every setting there is: frozen dataclasses with their help texts, and recipes loaded by name.
+
+A recipe is a file `configs/NAME.py` with a function `config() -> Config`. The command line is read in cli.py;
+nothing here reads data, weights or devices.
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The method. Defaults are the published full-size model on ViT-L/14-336."""
+
+    clip: str = "openai/clip-vit-large-patch14-336"
+    """CLIP's weights: a Hugging Face directory or hub id, OpenAI's .pt archive, a state dict, or an open_clip file."""
+    tokenizer: str | None = None
+    """Directory or hub id of a tokenizer, for weights that carry none and templates other than the default two."""
+    adapter: str | None = None
+    """Trained weights that evaluation uses and training starts from: an official .pth or our .safetensors."""
+    image_size: int = 240
+    """Side S in pixels that images are resized to; need not be a multiple of the patch."""
+    levels: tuple[int, ...] = (6, 12, 18, 24)
+    """Vision blocks, counted from 1, whose outputs are the feature levels."""
+    templates: tuple[str, str] = ("a photo of a normal <|class|>.", "a photo of a abnormal <|class|>.")
+    """Prompt templates, normal then anomalous; the class tokens stand at the end of each."""
+    prompt_len: int = 2
+    """Class-based prompt tokens P."""
+    learnable_tokens: int = 1
+    """Learnable text tokens N per layer."""
+    prompt_depth: int | None = None
+    """Text layers, from the first, that get learnable tokens of their own; none given: all of them."""
+    use_global: bool = True
+    """Let the image's embedding enter the class and query tokens."""
+    iqm_layers: int = 4
+    """Layers of the instance-aware query module."""
+    iqm_heads: int = 8
+    """Attention heads of the instance-aware query module."""
+    iqm_width: int = 3072
+    """MLP width of the instance-aware query module."""
+    start: Literal["random", "clip"] = "random"
+    """Initial weights: drawn, or such that the text branch begins as CLIP's own comparison of patches and templates."""
+    fusion_weight: float = 0.8
+    """Share of the query maps in the segmentation; the text maps have the rest."""
+    sigma: float = 8.0
+    """Standard deviation in pixels of the Gaussian blur on the segmentation; 0 turns it off."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Activation of CLIP's MLPs: gelu as in the published numbers, quick_gelu as OpenAI's weights were trained."""
+    normalisation: Literal["none", "clip"] = "none"
+    """Pixel normalisation: none as in the published numbers, or CLIP's mean and standard deviation."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type. Parameters, norms, softmaxes and maps are float32 under either."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how many are shown."""
+
+    root: Path = Path("data")
+    """Folder that holds the data sets' folders (Brain_AD, Liver_AD, …); see docs/data.md."""
+    dataset: str = "brain"
+    """Target set: brain, liver, resc, oct17, chest, his, or the name of a folder of the same shape under `root`."""
+    sources: tuple[str, ...] = ("brain", "liver", "resc", "oct17", "chest", "his")
+    """Zero-shot: sets whose test splits are trained on; the target is left out of them by itself."""
+    shots: int = 4
+    """Few-shot: k, the number of normal and of anomalous support images. 0 is zero-shot."""
+    support_list: Path | None = None
+    """Few-shot: an official k-shot.txt list of support images, in place of a draw from `train.seed`."""
+    support_row: int = 0
+    """Few-shot: which draw of `support_list`: 0 reads its lines n-0 and a-0."""
+    phantoms: bool = False
+    """Render the phantom sets under `root` where they are missing. Never on for real data."""
+    workers: int = 2
+    """Batches of images decoded at a time, ahead of their use."""
+    processes: bool = False
+    """Decode in worker processes, not threads: worth it with many cores and large images."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the adapter is trained."""
+
+    epochs: int = 50
+    """Passes over the training images."""
+    steps: int | None = None
+    """Optimiser steps, in place of `epochs`."""
+    batch_size: int = 16
+    """Images per step."""
+    learning_rate: float = 1e-4
+    """Adam's learning rate."""
+    temperature_learning_rate: float = 0.01
+    """Adam's learning rate of `prompt_temp` alone."""
+    dropout: float = 0.0
+    """Dropout of the query module in the first `dropout_epochs`; the official few-shot runs had 0.1 for one epoch."""
+    dropout_epochs: int = 1
+    """Epochs that `dropout` is on."""
+    seed: int = 0
+    """Seed of the support draw, the initial weights, the order of batches and dropout."""
+    keep: Literal["last", "valid", "paper"] = "last"
+    """Weights kept: those of the last step, the best on the held-out part of the target's valid pool, or, as the
+    official code does and marked wherever shown, the best on the test set."""
+    eval_every: int = 1
+    """Epochs between two evaluations when `keep` is valid or paper."""
+    checkpoint_every: int = 5
+    """Epochs between two checkpoints that a stopped run resumes from; the last step is always saved."""
+    features: Literal["auto", "memory", "disk"] = "auto"
+    """Where frozen features are kept for training: auto takes memory while they fit in `feature_memory_gb`."""
+    feature_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the kept features; bfloat16 halves their size."""
+    feature_memory_gb: float = 8.0
+    """Largest size in GB of features kept in memory under `features` auto."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How the test set is scored."""
+
+    batch_size: int = 16
+    """Images per step; changes speed, never results."""
+    heatmaps: int = 8
+    """Heat maps written as pictures, half of normal and half of anomalous images; 0 writes none."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = "custom"
+    """Name of the recipe; names the run directory too."""
+    run_dir: Path | None = None
+    """Directory of checkpoints, logs and results, where a stopped run resumes. Default: runs/NAME/SET-kK-seedS."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        data = self.data
+        return self.run_dir or Path("runs") / self.name / f"{data.dataset}-k{data.shots}-seed{self.train.seed}"
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether the target set contributes no training image."""
+        return self.data.shots == 0
+
+
+def names() -> list[str]:
+    """The recipes in `configs/`, sorted."""
+    import configs
+
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__) if not module.name.startswith("_"))
+
+
+def load(name: str) -> Config:
+    """The recipe `name`, with `name` written into it. Raises ValueError, listing the recipes, when there is none."""
+    if name not in names():
+        raise ValueError(f"--config {name}: there is no such recipe in configs/; there are {', '.join(names())}")
+    recipe: Callable[[], Config] = importlib.import_module(f"configs.{name}").config
+    return dataclasses.replace(recipe(), name=name)
+
+
+def check(config: Config) -> None:
+    """Raise ValueError naming the first field whose value cannot work, whatever the data and weights are."""
+    model, train, data = config.model, config.train, config.data
+    positive = {
+        "model.image_size": model.image_size,
+        "model.prompt_len": model.prompt_len,
+        "model.iqm_layers": model.iqm_layers,
+        "model.iqm_heads": model.iqm_heads,
+        "model.iqm_width": model.iqm_width,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.learning_rate": train.learning_rate,
+        "train.eval_every": train.eval_every,
+        "train.checkpoint_every": train.checkpoint_every,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    if train.steps is not None:
+        positive["train.steps"] = train.steps
+    if model.prompt_depth is not None:
+        positive["model.prompt_depth"] = model.prompt_depth
+    not_negative = {
+        "model.learnable_tokens": model.learnable_tokens,
+        "model.sigma": model.sigma,
+        "data.shots": data.shots,
+        "data.workers": data.workers,
+        "data.support_row": data.support_row,
+        "train.temperature_learning_rate": train.temperature_learning_rate,
+        "train.dropout_epochs": train.dropout_epochs,
+        "train.seed": train.seed,
+        "eval.heatmaps": config.eval.heatmaps,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; it must be 0 or more")
+    if not 0 <= train.dropout < 1:
+        raise ValueError(f"train.dropout is {train.dropout}; it must be in [0, 1)")
+    if not 0 <= model.fusion_weight <= 1:
+        raise ValueError(f"model.fusion_weight is {model.fusion_weight}; it must be in [0, 1]")
+    if not model.levels or len(set(model.levels)) < len(model.levels) or min(model.levels) < 1:
+        raise ValueError(f"model.levels is {model.levels}; it must list different blocks, counted from 1")
+    if config.zero_shot and data.support_list:
+        raise ValueError("data.support_list is for few-shot runs, but data.shots is 0")
+
+
+def to_json(config: Config) -> str:
+    """The whole config as indented JSON, readable back by `from_json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote. Raises ValueError naming an unknown field."""
+    return _build(Config, json.loads(text), "")
+
+
+def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    if unknown := set(values) - set(fields):
+        raise ValueError(f"unknown config field {prefix}{sorted(unknown)[0]}")
+    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+    arguments = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = _build(sections[name], value, f"{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif value is not None and "Path" in str(fields[name].type):
+            value = Path(value)
+        arguments[name] = value
+    return cls(**arguments)

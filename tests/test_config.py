@@ -1,0 +1,125 @@
+"""Recipes, overrides, and one clear message for each thing that can be wrong with them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from iqe_jax import cli, config
+
+REAL = {
+    f"{name}_{kind}" for name in ("brain", "liver", "resc", "oct17", "chest", "his") for kind in ("fewshot", "zeroshot")
+}
+
+
+def parse(*arguments):
+    return cli.parse(arguments, program="train.py", description="Train.")
+
+
+def test_there_is_a_recipe_for_every_set_and_protocol():
+    assert set(config.names()) == REAL | {"phantom_fewshot", "phantom_zeroshot"}
+
+
+@pytest.mark.parametrize("name", config.names())
+def test_recipes_are_valid_and_survive_json(name):
+    recipe = config.load(name)
+    config.check(recipe)
+    assert recipe.name == name
+    assert recipe.zero_shot == name.endswith("zeroshot")
+    assert recipe.data.phantoms == name.startswith("phantom")
+    assert config.from_json(config.to_json(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_real_recipes_are_the_published_setting(name):
+    recipe = config.load(name)
+    assert recipe.data.dataset == name.split("_")[0]
+    assert recipe.model == config.ModelConfig()
+    assert recipe.train == config.TrainConfig()
+
+
+def test_overrides_are_typed():
+    found = parse(
+        *(
+            "--config",
+            "brain_fewshot",
+            "--train.steps",
+            "100",
+            "--model.levels",
+            "1",
+            "2",
+            "--model.use-global",
+            "False",
+        ),
+        *("--data.support-list", "lists/4-shot.txt", "--model.templates", "good", "bad"),
+    )
+    assert found.train.steps == 100
+    assert found.model.levels == (1, 2)
+    assert found.model.use_global is False
+    assert found.data.support_list == Path("lists/4-shot.txt")
+    assert found.model.templates == ("good", "bad")
+    assert config.from_json(config.to_json(found)) == found
+    assert parse("--config=brain_fewshot") == config.load("brain_fewshot")
+
+
+def test_the_run_directory_tells_set_shots_and_seed():
+    assert parse("--config", "brain_fewshot", "--train.seed", "3").directory == Path(
+        "runs/brain_fewshot/brain-k4-seed3"
+    )
+    assert parse("--config", "brain_fewshot", "--run-dir", "x").directory == Path("x")
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config NAME" in text
+    for section in (config.ModelConfig, config.DataConfig, config.TrainConfig, config.EvalConfig):
+        prefix = section.__name__.removesuffix("Config").lower()
+        for field in dataclasses.fields(section):
+            assert f"--{prefix}.{field.name.replace('_', '-')}" in text
+    assert "Share of the query maps in the segmentation" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--config NAME is required, one of: brain_fewshot"),
+        (("--config", "brian_fewshot"), "there is no such recipe in configs/; there are brain_fewshot"),
+        (("--config", "brain_fewshot", "--model.sigma", "-1"), "model.sigma is -1.0; it must be 0 or more"),
+        (("--config", "brain_fewshot", "--train.batch-size", "0"), "train.batch_size is 0; it must be above 0"),
+        (("--config", "brain_fewshot", "--train.learning-rate", "nan"), "train.learning_rate is nan"),
+        (("--config", "brain_fewshot", "--model.levels", "3", "3"), "must list different blocks"),
+        (("--config", "brain_fewshot", "--train.dropout", "1"), "must be in \\[0, 1\\)"),
+        (("--config", "brain_fewshot", "--model.fusion-weight", "1.5"), "must be in \\[0, 1\\]"),
+        (("--config", "brain_zeroshot", "--data.support-list", "a.txt"), "data.shots is 0"),
+    ],
+)
+def test_a_wrong_value_gets_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message) as stop:
+        parse(*arguments)
+    assert str(stop.value).startswith("train.py: ")
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("arguments", [("--train.stepz", "1"), ("--train.steps", "many"), ("--train.keep", "best")])
+def test_unknown_fields_and_types_are_named(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--config", "brain_fewshot", *arguments)
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert arguments[0].removeprefix("--") in shown.out + shown.err
+
+
+def test_a_config_file_with_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match=r"unknown config field train\.speed"):
+        config.from_json('{"name": "x", "train": {"speed": 3}}')
+
+
+def test_tracebacks_are_for_those_who_ask(monkeypatch):
+    with pytest.raises(SystemExit, match=r"train\.py: no weights"), cli.user_errors("train.py"):
+        raise FileNotFoundError("no weights")
+    monkeypatch.setenv("IQE_JAX_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError), cli.user_errors("train.py"):
+        raise FileNotFoundError("no weights")
