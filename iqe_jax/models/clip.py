@@ -1,0 +1,218 @@
+"""CLIP's two towers as the method uses them: patch tokens tapped at several depths, and a text tower with prompts.
+
+The text tower runs what all images share once and then only the class tokens of each image against its keys and
+values. What the prompts are made of is the business of prompts.py; weights come from `convert`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from iqe_jax.models.layers import Block, LayerNorm, dense, parameter
+
+# The statistics CLIP was trained with; the published IQE-CLIP numbers were made without them.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of a CLIP ViT. `image_size` is the native one, in pixels; the text tower is `embed_dim` wide."""
+
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    embed_dim: int
+    text_layers: int
+    text_heads: int
+    context_length: int
+    vocab_size: int
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side at the native size."""
+        return self.image_size // self.patch_size
+
+
+class VisionTower(nn.Module):
+    """The image tower: patch tokens after chosen blocks, and the image's embedding."""
+
+    config: ClipConfig
+    levels: Sequence[int]
+    activation: str = "gelu"
+    normalisation: str = "none"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch side side 3"]
+    ) -> tuple[Float[Array, "level batch patch width"], Float[Array, "batch dim"]]:
+        """Encode images in [0, 1]; `side` may be any number of pixels from one patch up.
+
+        Returns the outputs of blocks `levels` (counted from 1) without the class token, and the projected class token.
+        """
+        config, patch, width = self.config, self.config.patch_size, self.config.vision_width
+        grid = images.shape[1] // patch
+        images = images.astype(jnp.float32)
+        if self.normalisation == "clip":
+            images = (images - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+
+        x = PatchEmbedding(patch, width, self.dtype, name="patch_embedding")(images)  # [batch, patch, width]
+        class_token = parameter(self, "class_embedding", nn.initializers.normal(0.02), (width,), ("embed",))
+        class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, width))
+        positions = parameter(
+            self, "position_embedding", nn.initializers.normal(0.02), (config.grid**2 + 1, width), (None, "embed")
+        )
+        x = jnp.concatenate([class_token, x], 1) + resize_positions(positions, grid).astype(self.dtype)
+        x = LayerNorm(dtype=self.dtype, name="ln_pre")(x)
+
+        taps = {}
+        for i in range(config.vision_layers):
+            block = Block(width, config.vision_heads, self.activation, self.dtype, name=f"block_{i}")
+            x, _ = block(x, jax.nn.dot_product_attention)
+            taps[i + 1] = x[:, 1:]
+        class_token = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
+        features = dense(width, config.embed_dim, ("embed", None), name="proj", bias=False, dtype=self.dtype)
+        return jnp.stack([taps[level] for level in self.levels]), features(class_token)
+
+
+class PatchEmbedding(nn.Module):
+    """The patch convolution (stride = patch size, no bias) as one matrix product; a partial last patch is dropped."""
+
+    patch: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "batch side side 3"]) -> Float[Array, "batch patch width"]:
+        """Cut the images into patches, row by row, and embed each."""
+        patch, width = self.patch, self.width
+        kernel = parameter(
+            self, "kernel", nn.initializers.normal(0.02), (patch, patch, 3, width), (None, None, None, "embed")
+        )
+        batch, grid = images.shape[0], images.shape[1] // patch
+        x = images[:, : grid * patch, : grid * patch].astype(self.dtype)
+        x = x.reshape(batch, grid, patch, grid, patch, 3).swapaxes(2, 3)  # [batch, row, column, patch, patch, 3]
+        x = x.reshape(batch, grid * grid, -1)
+        return x @ kernel.reshape(-1, width).astype(self.dtype)
+
+
+def resize_positions(table: Float[Array, "tokens width"], grid: int) -> Float[Array, "new_tokens width"]:
+    """Resize a position table, class token first, to grid×grid patches: bicubic, antialiased, half-pixel centres."""
+    native = round((table.shape[0] - 1) ** 0.5)
+    if grid == native:
+        return table
+    patches = table[1:].reshape(native, native, -1)
+    patches = jax.image.resize(patches, (grid, grid, patches.shape[-1]), "cubic", antialias=True)
+    return jnp.concatenate([table[:1], patches.reshape(grid * grid, -1)])
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Token ids of the prompt templates: start token first, end token left out, lengths free to differ."""
+
+    ids: tuple[tuple[int, ...], ...]
+    end: int
+
+    def padded(self) -> tuple[Int[np.ndarray, "template tokens"], Int[np.ndarray, " template"]]:
+        """The ids right-padded with 0 to one length, and their lengths."""
+        lengths = np.array([len(ids) for ids in self.ids])
+        table = np.zeros((len(self.ids), lengths.max()), np.int32)
+        for row, ids in zip(table, self.ids, strict=True):
+            row[: len(ids)] = ids
+        return table, lengths
+
+
+class TextTower(nn.Module):
+    """The causal text tower, plain (`encode`) and with prompt tokens (`encode_prompted`)."""
+
+    config: ClipConfig
+    activation: str = "gelu"
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Declare the parameters both ways of encoding share."""
+        config, dim = self.config, self.config.embed_dim
+        init = nn.initializers.normal(0.02)
+        self.token_embedding = parameter(self, "token_embedding", init, (config.vocab_size, dim), ("vocab", "embed"))
+        self.position_embedding = parameter(
+            self, "position_embedding", init, (config.context_length, dim), (None, "embed")
+        )
+        for i in range(config.text_layers):  # set one by one, for the names block_0, block_1, …
+            setattr(self, f"block_{i}", Block(dim, config.text_heads, self.activation, self.dtype))
+        self.ln_final = LayerNorm(dtype=self.dtype)
+        self.proj = dense(dim, dim, ("embed", None), bias=False, dtype=self.dtype)
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return [getattr(self, f"block_{i}") for i in range(self.config.text_layers)]
+
+    def encode(self, ids: Int[Array, "batch tokens"], ends: Int[Array, " batch"]) -> Float[Array, "batch dim"]:
+        """CLIP's own text embedding, read at each text's end token (position `ends`); not normalised."""
+        x = self.token_embedding[ids] + self.position_embedding[: ids.shape[1]]
+        x = x.astype(self.dtype)
+        for block in self._blocks:
+            x, _ = block(x, partial(jax.nn.dot_product_attention, is_causal=True))
+        return self.project(jnp.take_along_axis(x, ends[:, None, None], 1)[:, 0])
+
+    def project(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        """Final norm and projection into the joint embedding space."""
+        return self.proj(self.ln_final(x))
+
+    def encode_prompted(
+        self,
+        templates: Templates,
+        learnable: Float[Array, "depth tokens dim"],
+        class_tokens: Float[Array, "batch class dim"],
+    ) -> Float[Array, "batch template dim"]:
+        """The last class token of each template after the last block, before any norm.
+
+        `learnable[0]` stands after the start token and carries no position; before block i + 1 its slots are
+        overwritten by `learnable[i]` while there is one. The class tokens stand where each template ends. The mask
+        is causal, so all before them is the same for every image and computed once, and nothing need follow them.
+        """
+        ids, lengths = templates.padded()
+        count, slots, per_class = len(lengths), learnable.shape[1], class_tokens.shape[1]
+        embedded = self.token_embedding[ids] + self.position_embedding[: ids.shape[1]]
+        prefix = jnp.concatenate(
+            [embedded[:, :1], jnp.broadcast_to(learnable[0], (count, *learnable.shape[1:])), embedded[:, 1:]], 1
+        ).astype(self.dtype)  # [template, prefix, dim]
+        positions = self.position_embedding[lengths[:, None] + np.arange(per_class)]  # [template, class, dim]
+        x = (class_tokens[None] + positions[:, None]).astype(self.dtype)  # [template, batch, class, dim]
+        # Padding of the shorter templates is hidden from the class tokens; causality hides it from the prefix.
+        visible = np.arange(prefix.shape[1]) < (lengths + slots)[:, None]  # [template, prefix]
+
+        for i, block in enumerate(self._blocks):
+            if 0 < i < learnable.shape[0]:
+                prefix = prefix.at[:, 1 : 1 + slots].set(learnable[i].astype(self.dtype))
+            prefix, key_value = block(prefix, partial(jax.nn.dot_product_attention, is_causal=True))
+            x, _ = block(x, partial(_attend_to_prefix, prefix=key_value, visible=visible))
+        return x[:, :, -1].swapaxes(0, 1)
+
+
+def _attend_to_prefix(
+    query: Float[Array, "template batch class heads head_dim"],
+    key: Float[Array, "template batch class heads head_dim"],
+    value: Float[Array, "template batch class heads head_dim"],
+    *,
+    prefix: tuple[jax.Array, jax.Array],
+    visible: np.ndarray,
+) -> Float[Array, "template batch class heads head_dim"]:
+    """Causal attention of each image's class tokens to the shared prefix and to themselves."""
+    prefix_key, prefix_value = prefix  # [template, prefix, heads, head_dim]
+    scale = query.shape[-1] ** -0.5
+    shared = jnp.einsum("tbphe,tmhe->tbhpm", query, prefix_key, preferred_element_type=jnp.float32) * scale
+    own = jnp.einsum("tbphe,tbrhe->tbhpr", query, key, preferred_element_type=jnp.float32) * scale
+    shared = jnp.where(visible[:, None, None, None], shared, -jnp.inf)
+    own = jnp.where(np.tri(key.shape[2], dtype=bool), own, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([shared, own], -1), -1).astype(value.dtype)
+    shared, own = jnp.split(weights, [prefix_key.shape[1]], -1)
+    return jnp.einsum("tbhpm,tmhe->tbphe", shared, prefix_value) + jnp.einsum("tbhpr,tbrhe->tbphe", own, value)

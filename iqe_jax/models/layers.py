@@ -1,0 +1,152 @@
+"""The primitives under every module: Einsum, Dense, LayerNorm, activations and the pre-norm transformer block.
+
+Kernels keep their head axes apart and carry logical axis names, so that a mesh can be laid over them elsewhere.
+Towers, prompts and the query module are built on these in their own files.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., jax.Array]
+# (queries, keys, values), each [..., tokens, heads, head_dim] → attended values of the queries' shape.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def parameter(
+    module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> jax.Array:
+    """A float32 parameter of `module`, each of its axes named for the sharding rules or None."""
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
+
+
+class Einsum(nn.Module):
+    """`einsum(equation, x, kernel) + bias`: a linear map with any number of named axes.
+
+    The bias has the kernel's trailing `bias_dims` axes; 0 leaves it out.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    bias_dims: int = 1
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: Initializer = fan_in_normal
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Apply to `x`, computing in `dtype`; parameters stay in float32."""
+        kernel = parameter(self, "kernel", self.kernel_init, self.shape, self.axes)
+        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.bias_dims:
+            axes, shape = self.axes[-self.bias_dims :], self.shape[-self.bias_dims :]
+            bias = parameter(self, "bias", nn.initializers.zeros, shape, axes)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+def dense(in_dim: int, out_dim: int, axes: tuple[str | None, str | None], *, bias: bool = True, **settings) -> Einsum:
+    """A Dense layer, `[..., in_dim] → [..., out_dim]`, as an Einsum; `settings` are Einsum's own."""
+    return Einsum("...i,io->...o", (in_dim, out_dim), axes, bias_dims=int(bias), **settings)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, computed in float32 and returned in `dtype`."""
+
+    eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        """Normalise `x`; the shape is kept."""
+        dim = x.shape[-1]
+        scale = parameter(self, "scale", nn.initializers.ones, (dim,), ("embed",))
+        bias = parameter(self, "bias", nn.initializers.zeros, (dim,), ("embed",))
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+def l2_normalise(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+    """Scale the last axis to unit length, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head projections around a given `attend`; also returns the keys and values for others to attend to."""
+
+    width: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "... tokens width"], attend: Attend
+    ) -> tuple[Float[Array, "... tokens width"], tuple[jax.Array, jax.Array]]:
+        """Project, attend, project back. Keys and values come as [..., tokens, heads, head_dim]."""
+        head_dim = self.width // self.heads
+        qkv = Einsum(
+            "...w,wche->...che",
+            (self.width, 3, self.heads, head_dim),
+            ("embed", None, "heads", "head_dim"),
+            bias_dims=3,
+            dtype=self.dtype,
+            name="qkv",
+        )(x)  # [..., tokens, 3, heads, head_dim]
+        query, key, value = jnp.moveaxis(qkv, -3, 0)
+        out = Einsum(
+            "...he,hew->...w",
+            (self.heads, head_dim, self.width),
+            ("heads", "head_dim", "embed"),
+            dtype=self.dtype,
+            name="out",
+        )(attend(query, key, value))
+        return out, (key, value)
+
+
+class Mlp(nn.Module):
+    """Two Dense layers, four times as wide in the middle, as in every CLIP transformer."""
+
+    width: int
+    activation: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """Apply to each token by itself."""
+        hidden = dense(self.width, 4 * self.width, ("embed", "mlp"), name="fc", dtype=self.dtype)(x)
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return dense(4 * self.width, self.width, ("mlp", "embed"), name="proj", dtype=self.dtype)(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm residual block of a CLIP tower: attention, then MLP."""
+
+    width: int
+    heads: int
+    activation: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "... tokens width"], attend: Attend
+    ) -> tuple[Float[Array, "... tokens width"], tuple[jax.Array, jax.Array]]:
+        """Return the new tokens, and this block's keys and values."""
+        attention = SelfAttention(self.width, self.heads, self.dtype, name="attn")
+        attended, key_value = attention(LayerNorm(dtype=self.dtype, name="ln_1")(x), attend)
+        x = x + attended
+        x = x + Mlp(self.width, self.activation, self.dtype, name="mlp")(LayerNorm(dtype=self.dtype, name="ln_2")(x))
+        return x, key_value

@@ -1,0 +1,361 @@
+"""The fast forms against textbook ones, and each setting against what it says it does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax.core import meta
+
+from iqe_jax import train_state
+from iqe_jax.config import ModelConfig, TrainConfig
+from iqe_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipConfig, PatchEmbedding, Templates, TextTower, resize_positions
+from iqe_jax.models.iqe_clip import IqeClip, blur_matrix, upsampling_matrix
+from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention
+from iqe_jax.models.layers import ACTIVATIONS, LayerNorm
+
+CLIP = ClipConfig(
+    image_size=24,
+    patch_size=8,
+    vision_width=64,
+    vision_layers=2,
+    vision_heads=1,
+    embed_dim=128,
+    text_layers=3,
+    text_heads=2,
+    context_length=20,
+    vocab_size=50,
+)
+CONFIG = ModelConfig(image_size=24, levels=(1, 2), iqm_layers=2, iqm_heads=4, iqm_width=96, learnable_tokens=3, sigma=2)
+TEMPLATES = Templates(((48, 3, 4, 5), (48, 3, 9, 8, 7, 6)), 49)  # of different length
+
+
+def model(**settings):
+    return IqeClip(CLIP, dataclasses.replace(CONFIG, **settings), TEMPLATES)
+
+
+def spread(tree, seed=0, scale=1.0):
+    """The tree's shapes filled with noise, so that biases and scales are not at their starting values."""
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(draw.normal(0, 0.1, x.shape), jnp.float32) * scale + x, tree)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    trainable = spread(meta.unbox(jax.jit(model().init)(jax.random.key(0))))
+    frozen = spread(meta.unbox(jax.jit(model().init_frozen)(jax.random.key(1))))
+    return trainable, frozen
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).random((3, 24, 24, 3), np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ textbook forms
+
+
+def norm(x, parameters, eps=1e-5):
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + eps) * parameters["scale"] + parameters["bias"]
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def gelu(x):
+    return np.asarray(jax.scipy.stats.norm.cdf(x) * x)
+
+
+def attention(query, key, value, mask=0.0):
+    """[tokens, heads, head_dim] each."""
+    logits = np.einsum("qhe,khe->hqk", query, key) / np.sqrt(query.shape[-1]) + mask
+    return np.einsum("hqk,khe->qhe", softmax(logits), value)
+
+
+def block(x, p, mask):
+    h = norm(x, p["ln_1"])
+    qkv = np.einsum("tw,wche->cthe", h, p["attn"]["qkv"]["kernel"]) + p["attn"]["qkv"]["bias"][:, None]
+    x = x + np.einsum("the,hew->tw", attention(*qkv, mask), p["attn"]["out"]["kernel"]) + p["attn"]["out"]["bias"]
+    h = gelu(norm(x, p["ln_2"]) @ p["mlp"]["fc"]["kernel"] + p["mlp"]["fc"]["bias"])
+    return x + h @ p["mlp"]["proj"]["kernel"] + p["mlp"]["proj"]["bias"]
+
+
+def textbook_text(text, learnable, class_tokens, context=20):
+    """Each image and template by itself, padded to the whole context, with every slot in the sequence."""
+    mask = np.triu(np.full((context, context), -np.inf), 1)
+    rows = []
+    for tokens in class_tokens:
+        row = []
+        for ids in TEMPLATES.ids:
+            sequence = np.concatenate([text["token_embedding"][list(ids)], tokens])
+            sequence = sequence + text["position_embedding"][: len(sequence)]
+            x = np.concatenate([sequence[:1], learnable[0], sequence[1:]])
+            last = len(x) - 1
+            x = np.concatenate([x, np.ones((context - len(x), x.shape[1]), np.float32)])
+            for i in range(CLIP.text_layers):
+                if 0 < i < len(learnable):
+                    x[1 : 1 + learnable.shape[1]] = learnable[i]
+                x = block(x, text[f"block_{i}"], mask)
+            row.append(x[last])
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_prompted_text_tower(weights, depth):
+    text = jax.tree.map(np.asarray, weights[1]["text"])
+    draw = np.random.default_rng(1)
+    learnable = draw.normal(size=(depth, 3, 128)).astype(np.float32)
+    class_tokens = draw.normal(size=(2, 4, 128)).astype(np.float32)
+    found = TextTower(CLIP).apply({"params": text}, TEMPLATES, learnable, class_tokens, method="encode_prompted")
+    np.testing.assert_allclose(found, textbook_text(text, learnable, class_tokens), rtol=0, atol=2e-5)
+
+
+def test_no_learnable_tokens_leaves_the_plain_text_tower(weights):
+    """With no prompt tokens and a token's own embedding as class token, the prompted way is the plain one."""
+    text = weights[1]["text"]
+    class_tokens = jnp.broadcast_to(text["token_embedding"][11], (1, 1, 128))
+    tower, empty = TextTower(CLIP), jnp.zeros((1, 0, 128))
+    prompted = tower.apply({"params": text}, TEMPLATES, empty, class_tokens, method="encode_prompted")
+    projected = tower.apply({"params": text}, prompted, method="project")
+    for row, ids in enumerate(TEMPLATES.ids):
+        plain = tower.apply({"params": text}, jnp.array([[*ids, 11]]), jnp.array([len(ids)]), method="encode")
+        np.testing.assert_allclose(projected[0, row], plain[0], atol=2e-5)
+
+
+def textbook_iqm(p, query, dense, text, heads):
+    """Post-norm decoder on one image and level, all keys and values formed."""
+
+    def attend(x, context, q):
+        def project(name, y):
+            return np.einsum("td,dhe->the", y, q[name]["kernel"]) + q[name]["bias"]
+
+        attended = attention(project("query", x), project("key", context), project("value", context))
+        out = np.einsum("the,hed->td", attended, q["out"]["kernel"]) + q["out"]["bias"]
+        return norm(x + out, q["norm"], BERT_EPS)
+
+    x = norm(query, p["layernorm"], BERT_EPS)
+    for i in range(2):
+        q = p[f"layer_{i}"]
+        x = attend(x, x, q["attention"])
+        x = attend(x, dense, q["crossattention"])
+        x = attend(x, text, q["text_crossattention"])
+        hidden = gelu(x @ q["intermediate_query"]["kernel"] + q["intermediate_query"]["bias"])
+        out = hidden @ q["output_query"]["kernel"] + q["output_query"]["bias"]
+        x = norm(x + out, q["output_norm"], BERT_EPS)
+    return x
+
+
+def test_query_module(weights):
+    p = jax.tree.map(np.asarray, weights[0]["iqm"])
+    draw = np.random.default_rng(2)
+    query, dense, text = (draw.normal(size=s).astype(np.float32) for s in ((3, 2, 128), (2, 3, 9, 128), (3, 2, 128)))
+    found = Iqm(128, 2, 4, 96).apply({"params": p}, query, dense, text)
+    for level in range(2):
+        for image in range(3):
+            expected = textbook_iqm(p, query[image], dense[level, image], text[image], 4)
+            np.testing.assert_allclose(found[level, image], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_folding_changes_neither_values_nor_gradients(dropout):
+    draw = np.random.default_rng(3)
+    x, context = (draw.normal(size=s).astype(np.float32) for s in ((2, 2, 64), (2, 7, 64)))
+    plain = QueryAttention(64, 4, folded=False, dropout=dropout)
+    params = spread(meta.unbox(plain.init(jax.random.key(0), x, context)))
+    key = {"dropout": jax.random.key(5)}
+
+    def total(params, x, context, folded):
+        module = QueryAttention(64, 4, folded=folded, dropout=dropout)
+        return (module.apply(params, x, context, rngs=key) * np.arange(64)).sum()
+
+    for value in ("value", "gradient"):
+        function = total if value == "value" else jax.grad(total, argnums=(0, 1, 2))
+        with jax.default_matmul_precision("float32"):
+            one, other = (function(params, x, context, folded) for folded in (False, True))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), one, other)
+
+
+def test_maps_are_the_two_channel_softmax_upsampled():
+    logits = np.random.default_rng(4).normal(size=(2, 3, 9, 2)).astype(np.float32)
+    channels = torch.from_numpy(logits).permute(0, 1, 3, 2).reshape(6, 2, 3, 3)
+    up = torch.nn.functional.interpolate(channels, (24, 24), mode="bilinear", align_corners=True)
+    expected = up.softmax(1)[:, 1].reshape(2, 3, 24, 24)
+    np.testing.assert_allclose(model().maps(jnp.asarray(logits[..., 1] - logits[..., 0])), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "side"), [(1, 5), (2, 2), (5, 40), (17, 240), (7, 3)])
+def test_upsampling(grid, side):
+    points = torch.arange(grid, dtype=torch.float32).square()[None, None, :, None]
+    expected = torch.nn.functional.interpolate(points, (side, 1), mode="bilinear", align_corners=True)[0, 0, :, 0]
+    np.testing.assert_allclose(upsampling_matrix(grid, side) @ points[0, 0, :, 0].numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "sigma"), [(40, 8.0), (96, 3.0), (10, 8.0)])
+def test_blur(side, sigma):
+    from scipy.ndimage import gaussian_filter
+
+    image = np.random.default_rng(5).random((side, side))
+    blur = blur_matrix(side, sigma)
+    expected = gaussian_filter(image, sigma, truncate=4, mode="reflect")
+    np.testing.assert_allclose(blur @ image @ blur.T, expected, atol=1e-6)
+
+
+def test_no_blur():
+    np.testing.assert_array_equal(blur_matrix(7, 0), np.eye(7))
+
+
+# ------------------------------------------------------------------------------------------------ the image tower
+
+
+@pytest.mark.parametrize("side", [24, 29, 8])
+def test_patches_are_a_strided_convolution(side):
+    images = np.random.default_rng(6).random((2, side, side, 3), np.float32)
+    embedding = PatchEmbedding(8, 16)
+    params = meta.unbox(embedding.init(jax.random.key(0), images))
+    kernel = torch.from_numpy(np.array(params["params"]["kernel"]).transpose(3, 2, 0, 1).copy())
+    convolved = torch.conv2d(torch.from_numpy(images.transpose(0, 3, 1, 2)), kernel, stride=8)
+    np.testing.assert_allclose(embedding.apply(params, images), convolved.flatten(2).swapaxes(1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [17, 24, 5])
+def test_position_table_is_resized_as_torch_does(grid):
+    table = np.random.default_rng(7).normal(size=(24 * 24 + 1, 5)).astype(np.float32)
+    patches = torch.from_numpy(table[1:].reshape(24, 24, 5)).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)
+    expected = np.concatenate([table[:1], resized[0].permute(1, 2, 0).reshape(-1, 5).numpy()])
+    np.testing.assert_allclose(resize_positions(jnp.asarray(table), grid), expected, atol=1e-5)
+
+
+def test_clip_normalisation_is_of_the_pixels(weights, pixels):
+    normalised = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+    expected = model().features(weights[1], normalised)
+    found = model(normalisation="clip").features(weights[1], pixels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_levels_are_counted_from_one(weights, pixels):
+    both = model().features(weights[1], pixels).patch_tokens
+    np.testing.assert_array_equal(model(levels=(2,)).features(weights[1], pixels).patch_tokens[0], both[1])
+
+
+def test_activations():
+    x = torch.linspace(-4, 4, 41)
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](x.numpy()), torch.nn.functional.gelu(x), atol=1e-6)
+    np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](x.numpy()), x * torch.sigmoid(1.702 * x), atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-12])
+def test_layer_norm_uses_its_eps(eps):
+    x = np.random.default_rng(8).normal(0, 1e-3, (4, 32)).astype(np.float32)  # variance near the larger eps
+    found = LayerNorm(eps).apply({"params": {"scale": jnp.full(32, 2.0), "bias": jnp.ones(32)}}, x)
+    layer = torch.nn.functional.layer_norm(torch.from_numpy(x), (32,), eps=eps)
+    np.testing.assert_allclose(found, 2 * layer + 1, atol=1e-5)
+
+
+def test_the_trained_norm_in_the_text_tower_has_eps_1e_6(weights):
+    x = np.random.default_rng(9).normal(0, 1e-3, (2, 2, 128)).astype(np.float32)
+    found = model()._adapter().apply({"params": weights[0]}, x, method="norm")
+    p = jax.tree.map(np.asarray, weights[0]["prompts"]["prompt_norm"])
+    np.testing.assert_allclose(found, norm(x, p, 1e-6), atol=1e-4)
+    assert np.abs(found - norm(x, p, 1e-5)).max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def head(weights, pixels, key=None, dropout=0.0, **settings):
+    m = model(**settings)
+    features = m.features(weights[1], pixels)
+    return m.head(weights[0], weights[1], features, dropout=dropout, dropout_key=key)
+
+
+def test_dropout_acts_only_where_a_key_is_given(weights, pixels):
+    off = head(weights, pixels)["query_features"]
+    np.testing.assert_array_equal(head(weights, pixels, dropout=0.5)["query_features"], off)
+    np.testing.assert_array_equal(head(weights, pixels, jax.random.key(0))["query_features"], off)
+    one, again, other = (head(weights, pixels, jax.random.key(i), 0.5)["query_features"] for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - off).max() > 0.1
+    assert np.abs(one - other).max() > 0.1
+
+
+def test_dropout_leaves_dense_and_text_features_alone(weights, pixels):
+    off, on = head(weights, pixels), head(weights, pixels, jax.random.key(0), 0.5)
+    for name in ("dense_features", "text_embeddings", "logits_text"):
+        np.testing.assert_array_equal(on[name], off[name])
+
+
+def test_without_the_global_term_prompts_do_not_see_the_image(weights, pixels):
+    found = head(weights, pixels, use_global=False)
+    for name in ("class_tokens", "query_tokens", "text_embeddings"):
+        np.testing.assert_array_equal(found[name][0], found[name][1])
+    assert np.abs(np.diff(head(weights, pixels)["class_tokens"], axis=0)).max() > 0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_number_of_prompt_tokens(pixels, weights, tokens):
+    m = model(learnable_tokens=tokens, prompt_len=tokens or 1, prompt_depth=2)
+    trainable = meta.unbox(jax.jit(m.init)(jax.random.key(0)))
+    assert trainable["prompts"]["deep_prompt_embeddings"].shape == (1, tokens, 128)
+    found = m.head(trainable, weights[1], m.features(weights[1], pixels))
+    assert found["class_tokens"].shape == (3, tokens or 1, 128)
+    assert np.isfinite(found["scores_text"]).all()
+
+
+def test_a_start_from_clip_is_clips_own_comparison(weights, pixels):
+    """With no other prompt tokens the text branch starts as patches against texts, each as CLIP embeds it."""
+    frozen = jax.tree.map(lambda x: x, weights[1])
+    frozen["vision"]["ln_post"]["bias"] = jnp.zeros(64)  # the start leaves it out
+    m = model(learnable_tokens=0, prompt_len=1, start="clip")
+    trainable = train_state.create(m, TrainConfig(), frozen).trainable
+    features = m.features(frozen, pixels)
+    found = m.head(trainable, frozen, features)
+    tower, rows = TextTower(CLIP), []
+    for ids in TEMPLATES.ids:
+        row = tower.apply({"params": frozen["text"]}, jnp.array([[*ids, 49]]), jnp.array([len(ids)]), method="encode")
+        rows.append(row[0] / np.linalg.norm(row[0]))
+    np.testing.assert_allclose(found["text_embeddings"], np.broadcast_to(rows, (3, 2, 128)), atol=2e-5)
+    tokens = norm(np.asarray(features.patch_tokens), frozen["vision"]["ln_post"]) @ frozen["vision"]["proj"]["kernel"]
+    tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)
+    expected = np.exp(frozen["logit_scale"]) * tokens @ (rows[1] - rows[0])
+    np.testing.assert_allclose(found["logits_text"], expected, atol=2e-4)
+
+
+def test_fusion_weight(weights, pixels):
+    outputs = head(weights, pixels, sigma=0.0)
+    query, text = (model(fusion_weight=w, sigma=0.0).predict(outputs)["segmentation"] for w in (1.0, 0.0))
+    mixed = model(fusion_weight=0.25, sigma=0.0).predict(outputs)
+    np.testing.assert_allclose(mixed["segmentation"], 0.25 * query + 0.75 * text, atol=1e-6)
+    np.testing.assert_allclose(mixed["maps_query"].mean(0), query, atol=1e-6)
+
+
+def test_bfloat16_is_close_to_float32(weights, pixels):
+    exact = model().predict(head(weights, pixels))
+    m = model(dtype="bfloat16")
+    features = m.features(weights[1], pixels)
+    assert features.patch_tokens.dtype == jnp.bfloat16
+    half = m.predict(m.head(weights[0], weights[1], features))
+    assert half["segmentation"].dtype == jnp.float32
+    np.testing.assert_allclose(half["segmentation"], exact["segmentation"], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"levels": (1, 3)}, "has 2 vision blocks"),
+        ({"image_size": 7}, "one patch has 8 pixels"),
+        ({"iqm_heads": 3}, "must divide CLIP's embedding width 128"),
+        ({"prompt_depth": 4}, "has 3 text layers"),
+        ({"prompt_len": 15}, "places for 20"),
+    ],
+)
+def test_config_and_clip_must_go_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        model(**settings)
