@@ -1,0 +1,196 @@
+"""Opens images and masks as float arrays at the model's side, and augments few-shot images eleven-fold.
+
+Pillow and NumPy only, so that reader threads and processes need nothing else. Which files to open is for bmad.py to
+say, batches are made in pipeline.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+# Rotations in radians, shifts in units of half the image side, flips; in the official order.
+_ROTATIONS = (-np.pi / 8, -np.pi / 16, np.pi / 16, np.pi / 8)
+_SHIFTS = ((0.1, 0.1), (-0.1, 0.1), (-0.1, -0.1), (0.1, -0.1))
+AUGMENTATIONS = 1 + len(_ROTATIONS) + len(_SHIFTS) + 2
+
+
+def load_image(path: Path, size: int) -> Float32[np.ndarray, "size size 3"]:
+    """An image as RGB in [0, 1], resized to size×size with Pillow's bicubic filter, as torchvision's Resize does.
+
+    Resizing is done in 8 bits, as there. An image that has the size already is not resampled. Transparency is dropped,
+    EXIF rotation not applied, of several frames the first taken. 16-bit grey images are brought to 8 bits as
+    value / 257, rounded (of 16-bit colour Pillow keeps the upper 8).
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is empty, truncated, no image, of a kind with no fixed range (float), or has too many pixels.
+    """
+    return image_array(_open(path), path, size)
+
+
+def load_mask(path: Path, size: int, image_size_hw: tuple[int, int] | None = None) -> Float32[np.ndarray, "size size"]:
+    """A mask in [0, 1], resized to size×size by nearest neighbour; binarising it is the loss's work.
+
+    Masks whose only values are 0 and 1 out of 255 are taken as 0 and 255, since nothing else can be meant.
+
+    Args:
+      path: the mask file.
+      size: side of the result.
+      image_size_hw: height and width of the mask's image on disk, where they are to be compared.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: as `load_image`; or the mask is not of the size of its image.
+    """
+    mask = _open(path)
+    if image_size_hw is not None and mask.size != (image_size_hw[1], image_size_hw[0]):
+        raise ValueError(
+            f"mask {path} is {mask.height}×{mask.width} (height × width), its image "
+            f"{image_size_hw[0]}×{image_size_hw[1]}: they must be equal"
+        )
+    return _mask_array(mask, path, size)
+
+
+def load_pair(
+    image: Path, mask: Path | None, size: int
+) -> tuple[Float32[np.ndarray, "size size 3"], Float32[np.ndarray, "size size"]]:
+    """An image and its mask, as `load_image` and `load_mask` give them; a mask of zeros where there is none.
+
+    Raises:
+      FileNotFoundError: one of the files is not there.
+      ValueError: as `load_image`; or the two differ in size on disk (both files and both sizes are named).
+    """
+    opened = _open(image)
+    pixels = image_array(opened, image, size)
+    if mask is None:
+        return pixels, np.zeros((size, size), np.float32)
+    opened_mask = _open(mask)
+    if opened.size != opened_mask.size:
+        raise ValueError(
+            f"image {image} is {opened.height}×{opened.width} (height × width), its mask {mask} is "
+            f"{opened_mask.height}×{opened_mask.width}: they must be equal"
+        )
+    return pixels, _mask_array(opened_mask, mask, size)
+
+
+def augment(
+    images: Float32[np.ndarray, "n size size 3"], masks: Float32[np.ndarray, "n size size"]
+) -> tuple[Float32[np.ndarray, "11n size size 3"], Float32[np.ndarray, "11n size size"]]:
+    """The official eleven-fold augmentation: entry a·n + i is augmentation a of image i.
+
+    Identity; rotations by −π/8, −π/16, π/16, π/8; shifts by a tenth of half the side along both diagonals, both ways;
+    left-right flip; up-down flip. Rotated and shifted masks are left fractional.
+
+    Raises:
+      ValueError: the arrays are not square, or do not belong together.
+    """
+    if (
+        images.ndim != 4
+        or masks.shape != images.shape[:3]
+        or images.shape[1] != images.shape[2]
+        or images.shape[3] != 3
+    ):
+        raise ValueError(
+            f"expected images [n, size, size, 3] and masks [n, size, size], got {images.shape} and {masks.shape}"
+        )
+    n, size = images.shape[:2]
+    all_images = np.empty((AUGMENTATIONS * n, size, size, 3), np.float32)
+    all_masks = np.empty((AUGMENTATIONS * n, size, size), np.float32)
+    # One augmentation at a time: apart from the result, only four taps of n images are ever held.
+    for a, (out_images, out_masks) in enumerate(zip(_variants(images), _variants(masks[..., None]), strict=True)):
+        all_images[a * n : (a + 1) * n] = out_images
+        all_masks[a * n : (a + 1) * n] = out_masks[..., 0]
+    return all_images, all_masks
+
+
+def _variants(x: Float32[np.ndarray, "n size size c"]) -> Iterator[Float32[np.ndarray, "n size size c"]]:
+    yield x
+    for angle in _ROTATIONS:
+        yield _warp(x, angle, 0.0, 0.0)
+    for tx, ty in _SHIFTS:
+        yield _warp(x, 0.0, tx, ty)
+    yield x[:, :, ::-1]
+    yield x[:, ::-1]
+
+
+def _warp(
+    x: Float32[np.ndarray, "n size size c"], angle: float, tx: float, ty: float
+) -> Float32[np.ndarray, "n size size c"]:
+    """Bilinear sampling at [[cos, −sin, tx], [sin, cos, ty]] · (x, y, 1), coordinates −1 … 1 from edge to edge."""
+    size = x.shape[1]
+    axis = (2 * np.arange(size) + 1) / size - 1  # pixel centres
+    u, v = axis[None, :], axis[:, None]
+    across = _reflect(np.cos(angle) * u - np.sin(angle) * v + tx, size)  # [size, size], in pixels
+    down = _reflect(np.sin(angle) * u + np.cos(angle) * v + ty, size)
+    left, top = np.floor(across).astype(np.intp), np.floor(down).astype(np.intp)
+    right, bottom = np.minimum(left + 1, size - 1), np.minimum(top + 1, size - 1)
+    wx, wy = (across - left).astype(np.float32)[..., None], (down - top).astype(np.float32)[..., None]
+    upper = x[:, top, left] * (1 - wx) + x[:, top, right] * wx
+    lower = x[:, bottom, left] * (1 - wx) + x[:, bottom, right] * wx
+    return upper * (1 - wy) + lower * wy
+
+
+def _reflect(coordinate: Float32[np.ndarray, "..."], size: int) -> Float32[np.ndarray, "..."]:
+    """−1 … 1 → pixel index, folded back about the pixel edges −½ and size − ½, then kept among the pixel centres."""
+    from_edge = np.abs((coordinate + 1) * size / 2) % (2 * size)
+    folded = np.where(from_edge > size, 2 * size - from_edge, from_edge)
+    return np.clip(folded - 0.5, 0, size - 1)
+
+
+def _open(path: Path) -> Image.Image:
+    """The decoded first frame. All decoding faults become one ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no image file at {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"image {path} is empty (0 bytes): get it again")
+    try:
+        with Image.open(path) as image:
+            # Pillow only warns between one and two times its limit; a warning is lost in a reader process.
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(
+                    f"{image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}"
+                )
+            image.load()
+            return image.copy()
+    except (
+        Exception
+    ) as fault:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more, and a warning may be an error
+        raise ValueError(
+            f"image {path} cannot be read ({fault}): it is damaged, cut short, or no image; get it again"
+        ) from fault
+
+
+def _eight_bit(image: Image.Image, path: Path | str) -> Image.Image:
+    """16-bit grey values, which Pillow holds in modes I;16 and I, at 8 bits; other modes as they are."""
+    if image.mode == "F":
+        raise ValueError(f"image {path} holds floating-point values, whose range is unknown: save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"image {path} holds values from {values.min()} to {values.max()}: save it with 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def image_array(image: Image.Image, path: Path | str, size: int) -> Float32[np.ndarray, "size size 3"]:
+    """An image that is open already, as `load_image` would give it; `path` is what errors call it."""
+    image = _eight_bit(image, path)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB gives the same colours, and a warning
+    return _scaled(image.convert("RGB"), size, Image.Resampling.BICUBIC)
+
+
+def _mask_array(mask: Image.Image, path: Path, size: int) -> Float32[np.ndarray, "size size"]:
+    grey = mask if mask.mode.startswith("I") else _eight_bit(mask, path).convert("L")
+    if grey.getextrema()[1] == 1:
+        grey = Image.fromarray(np.where(np.asarray(grey) == 1, 255, 0).astype(np.uint8))
+    return _scaled(_eight_bit(grey, path), size, Image.Resampling.NEAREST)
+
+
+def _scaled(image: Image.Image, size: int, resample: Image.Resampling) -> Float32[np.ndarray, "size size ..."]:
+    if image.size != (size, size):
+        image = image.resize((size, size), resample)
+    return np.asarray(image, np.float32) / np.float32(255)
