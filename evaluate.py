@@ -1,0 +1,21 @@
+"""Score a test set with IQE-CLIP: `python evaluate.py --config brain_fewshot`. Run with --help for every setting."""
+
+import sys
+
+from iqe_jax import cli
+
+DESCRIPTION = """Score the target's test set: image AUROC, and pixel AUROC where the set has masks. A few-shot config
+whose adapter is not trained yet trains it first; a zero-shot one asks for train.py."""
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate the run that `argv` describes."""
+    config = cli.parse(argv, program="evaluate.py", description=DESCRIPTION)
+    with cli.user_errors("evaluate.py"):
+        from iqe_jax.experiment import run_evaluation
+
+        run_evaluation(config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,75 @@
+"""Scores a test set: image AUROC and pixel AUROC over all of it, with memory that does not grow with it."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from iqe_jax.metrics import auroc_from_histogram, image_auroc, pixel_histogram
+from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.train_state import Batch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a test set's images scored. `maps` has the segmentation (S, S) in [0, 1] of the images asked for."""
+
+    metrics: dict[str, float]
+    scores: Float[np.ndarray, " image"]
+    labels: Float[np.ndarray, " image"]
+    maps: dict[int, Float[np.ndarray, "side side"]]
+
+
+@partial(jax.jit, static_argnames=("model", "zero_shot"))
+def evaluation_step(
+    model: IqeClip, trainable: Params, frozen: Params, batch: Batch, zero_shot: bool
+) -> tuple[Float[Array, " batch"], Float[Array, "batch side side"], Int[Array, "2 bins"] | None]:
+    """Image scores, segmentation, and the counts of pixel values where the batch has masks."""
+    prediction = model.predict(model.head(trainable, frozen, batch.features()))
+    scores = prediction["score_zero" if zero_shot else "score_few"]
+    segmentation = prediction["segmentation"]
+    counts = None if batch.masks is None else pixel_histogram(segmentation, batch.masks, batch.weight)
+    return scores, segmentation, counts
+
+
+def evaluate(
+    model: IqeClip,
+    trainable: Params,
+    frozen: Params,
+    batches: Iterable[Batch],
+    *,
+    zero_shot: bool,
+    keep_maps: Collection[int] = (),
+) -> Evaluation:
+    """Score all images of `batches`, which come in order, padded at the end.
+
+    Metrics: `image_auroc`, and where the set has masks `pixel_auroc` with `pixel_auroc_error`, the most that counting
+    into bins can have moved it. Raises FloatingPointError when a score is not finite.
+    """
+    scores, labels, maps = [], [], {}
+    histogram, first = None, 0
+    for batch in batches:
+        batch_scores, segmentation, counts = evaluation_step(model, trainable, frozen, batch, zero_shot)
+        if counts is not None:
+            counts = np.asarray(counts, np.int64)
+            histogram = counts if histogram is None else histogram + counts
+        real = np.asarray(batch.weight) > 0
+        for i in np.flatnonzero(real):
+            if first + i in keep_maps:
+                maps[first + int(i)] = np.asarray(segmentation[i])
+        scores.append(np.asarray(batch_scores)[real])
+        labels.append(np.asarray(batch.labels)[real])
+        first += int(real.sum())
+    all_scores, all_labels = np.concatenate(scores), np.concatenate(labels)
+    if not np.isfinite(all_scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(all_scores))[0])
+        raise FloatingPointError(
+            f"the score of image {bad} is {all_scores[bad]}; the weights or the image are not usable"
+        )
+    metrics = {"image_auroc": image_auroc(all_scores, all_labels)}
+    if histogram is not None:
+        metrics["pixel_auroc"], metrics["pixel_auroc_error"] = auroc_from_histogram(histogram)
+    return Evaluation(metrics, all_scores, all_labels, maps)

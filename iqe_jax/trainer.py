@@ -1,0 +1,170 @@
+"""Trains the adapter: few-shot on the target's support, zero-shot on the other sets, resuming where a run was stopped.
+
+Data comes from training_data.py, one step from train_state.py, files go through checkpoint.py; this is the loop.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from iqe_jax import features, training_data
+from iqe_jax.checkpoint import Checkpoints, RunDirectory
+from iqe_jax.config import Config
+from iqe_jax.evaluator import evaluate
+from iqe_jax.features import FeatureSet
+from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.progress import bar, console
+from iqe_jax.train_state import Batch, TrainState, create, train_step
+from iqe_jax.weights import load_adapter
+
+
+@dataclass
+class Trainer:
+    """One run: what it is made of, and `train`, which brings it to its end."""
+
+    config: Config
+    model: IqeClip
+    frozen: Params
+    plan: training_data.Plan
+
+    def __post_init__(self) -> None:
+        """Open the run directory; raises ValueError if a run with other settings is there."""
+        self.run = RunDirectory(self.config)
+        self.order = self.plan.order(self.config)
+        self.total = self.config.train.steps or self.config.train.epochs * self.order.steps_per_epoch
+
+    def train(self) -> Params:
+        """Train to the end, from the latest checkpoint if there is one; returns the kept weights.
+
+        Raises FloatingPointError naming step and batch when a loss or gradient is not finite; the checkpoints
+        written until then stay.
+        """
+        start_from = self.config.model.adapter
+        initial = load_adapter(self.model, start_from) if start_from else None
+        state = create(self.model, self.config.train, self.frozen, initial)
+        self.run.claim()
+        with Checkpoints(self.run) as checkpoints:
+            state = checkpoints.restore(state)
+            if int(state.step) > 0:
+                console.print(f"Going on from step {int(state.step)} of {self.total} in {self.run.path}")
+            if int(state.step) < self.total:
+                sets = training_data.load(self.config, self.plan, self.model, self.frozen)
+                state = self._loop(state, checkpoints, sets, self._selection_features())
+        if self.config.train.keep == "last":
+            self.run.keep(state.trainable, rule="last", step=int(state.step))
+        self.run.finish(self.total, support=[] if self.config.zero_shot else self.plan.names)
+        return self.run.load(self.model)
+
+    def _selection_features(self) -> FeatureSet | None:
+        """Features of the images that weights are chosen by; kept, as they are scored again and again."""
+        selection, settings = self.plan.selection, self.config.train
+        if not selection:
+            return None
+        budget = settings.feature_memory_gb * 1e9
+        return features.of_samples(self.model, self.frozen, selection, self.config, title=settings.keep, budget=budget)
+
+    def _loop(
+        self, state: TrainState, checkpoints: Checkpoints, sets: list[FeatureSet], selection: FeatureSet | None
+    ) -> TrainState:
+        """All steps that are left, with a log line each, checkpoints, and the choice of weights between epochs."""
+        settings, per_epoch, start = self.config.train, self.order.steps_per_epoch, int(state.step)
+        text = {"text": self.frozen["text"]}
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        with _Log(self.run.path, start) as log, bar() as progress:
+            task = progress.add_task("Training", total=self.total, completed=start)
+
+            def settle() -> None:
+                """Wait for the step that was started last, and write its losses down."""
+                nonlocal pending
+                if pending is not None:
+                    step, metrics = pending
+                    losses = {name: float(value) for name, value in metrics.items()}
+                    log.write(step, (step - 1) // per_epoch, losses, lambda: self._describe(step - 1))
+                    progress.update(task, completed=step, description=f"Training, loss {losses['loss']:.3f}")
+                    pending = None
+
+            for step, batch in self._batches(sets, start):
+                dropout = settings.dropout if step // per_epoch < settings.dropout_epochs else 0.0
+                state, metrics = train_step(state, text, batch, model=self.model, config=settings, dropout=dropout)
+                settle()  # while this step runs, the one before it is written down
+                pending, epoch, last = (step + 1, metrics), (step + 1) / per_epoch, step + 1 == self.total
+                if last or epoch % settings.checkpoint_every == 0:
+                    settle()  # a checkpoint is written only once all losses before it are known to be finite
+                    checkpoints.save(state)
+                if selection is not None and (last or epoch % settings.eval_every == 0):
+                    settle()
+                    self._choose(state, selection)
+            settle()
+        return state
+
+    def _batches(self, sets: list[FeatureSet], start: int) -> Iterator[tuple[int, Batch]]:
+        """The steps from `start` on with their batches, gathered in threads ahead of their use."""
+        steps = grain.MapDataset.range(start, self.total).map(int)
+        batches = steps.map(lambda step: (step, training_data.batch_at(sets, self.order, step)))
+        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    def _describe(self, step: int) -> str:
+        """The images that step `step` (from 0) trained on, in words."""
+        chosen = self.order[step]
+        name, samples = list(self.plan.training.items())[chosen.set_index]
+        # Augmented images follow one another augmentation by augmentation, so the remainder is the image.
+        images = {samples[i % len(samples)].name for i in chosen.indices[chosen.weight > 0]}
+        return f"a batch of {name} with {', '.join(sorted(images))}"
+
+    def _choose(self, state: TrainState, selection: FeatureSet) -> None:
+        """Keep the present weights if they beat the kept ones by image plus pixel AUROC."""
+        batches = selection.batches(self.config.eval.batch_size)
+        zero_shot = self.config.zero_shot
+        metrics = evaluate(self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot).metrics
+        kept = self.run.kept
+        if kept is None or _selection_score(metrics) > _selection_score(kept["metrics"]):
+            self.run.keep(state.trainable, rule=self.config.train.keep, step=int(state.step), metrics=metrics)
+
+
+def _selection_score(metrics: dict[str, float]) -> float:
+    return metrics["image_auroc"] + metrics.get("pixel_auroc", 0.0)
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard. Opened at step `start`, it first drops what an interrupted run wrote past that."""
+
+    def __init__(self, path: Path, start: int):
+        self._file, self._start, self._path = path / "metrics.jsonl", start, path
+        self._clock = time.perf_counter()
+
+    def __enter__(self) -> "_Log":
+        from tensorboardX import SummaryWriter
+
+        kept = []
+        if self._file.exists():
+            lines = self._file.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._start]
+        self._file.write_text("".join(kept))
+        self._lines = self._file.open("a", buffering=1)
+        self._board = SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def write(self, step: int, epoch: int, losses: dict[str, float], where: Callable[[], str]) -> None:
+        """One line for `step`, or FloatingPointError if its numbers are not finite."""
+        if not np.isfinite(list(losses.values())).all():
+            raise FloatingPointError(
+                f"step {step}: {', '.join(f'{name} is {value}' for name, value in losses.items())}, on {where()}; "
+                f"training stopped, the checkpoints in {self._path / 'checkpoints'} are from before. Look at these "
+                "images, or lower --train.learning-rate"
+            )
+        now = time.perf_counter()
+        line = {"step": step, "epoch": epoch, **losses, "seconds": round(now - self._clock, 4)}
+        self._clock = now
+        self._lines.write(json.dumps(line) + "\n")
+        for name, value in losses.items():
+            self._board.add_scalar(f"train/{name}", value, step)

@@ -1,0 +1,114 @@
+"""What a run trains on: the augmented support images of few-shot, the other sets' test splits of zero-shot.
+
+Brings together samples (data/), frozen features (features.py) and the order of batches; the loop is in trainer.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from iqe_jax import features
+from iqe_jax.config import Config
+from iqe_jax.data import phantoms
+from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.pipeline import FewShotBatches, LeaveOneOutBatches, image_batches
+from iqe_jax.data.supports import draw_support, held_out, read_support
+from iqe_jax.data.transforms import AUGMENTATIONS, augment
+from iqe_jax.features import FeatureSet
+from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.train_state import Batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The image files of a run, by role. Reading pixels has not begun; all that can be missing has been looked for."""
+
+    training: dict[str, list[Sample]]
+    """By set: few-shot the support, zero-shot whole test splits."""
+    selection: list[Sample]
+    """Held-out part of the target's valid pool for `keep` valid, the test set for paper, else empty."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all training images."""
+        return [sample.name for samples in self.training.values() for sample in samples]
+
+    def order(self, config: Config) -> FewShotBatches | LeaveOneOutBatches:
+        """Which images each step sees, known from the step's number alone."""
+        seed, size = config.train.seed, config.train.batch_size
+        if config.zero_shot:
+            return LeaveOneOutBatches([len(samples) for samples in self.training.values()], size, seed)
+        (support,) = self.training.values()
+        return FewShotBatches(len(support) * AUGMENTATIONS, size, seed)
+
+
+def render_phantoms(config: Config) -> None:
+    """Make the phantom sets that `config` needs, where it asks for phantoms and they are not there."""
+    if config.data.phantoms:
+        needed = {config.data.dataset, *(config.data.sources if config.zero_shot else ())}
+        phantoms.make_phantoms(config.data.root, [name for name in phantoms.SETS if name in needed])
+
+
+def plan(config: Config) -> Plan:
+    """Find the images of a run.
+
+    Raises FileNotFoundError or ValueError, saying what is missing or too few and what to do.
+    """
+    data, keep = config.data, config.train.keep
+    if config.zero_shot:
+        sources = [name for name in data.sources if name != data.dataset]
+        if not sources:
+            raise ValueError(
+                f"data.sources is {data.sources}: besides the target {data.dataset} none is left to train on"
+            )
+        training = {name: load_split(data.root, name, "test") for name in sources}
+        support = []
+    else:
+        valid = load_split(data.root, data.dataset, "valid")
+        if data.support_list:
+            support = read_support(data.support_list, valid, row=data.support_row)
+        else:
+            support = draw_support(valid, data.shots, config.train.seed)
+        training = {data.dataset: support}
+
+    selection = []
+    if keep == "paper":
+        selection = load_split(data.root, data.dataset, "test")
+    elif keep == "valid":
+        selection = held_out(load_split(data.root, data.dataset, "valid"), support)
+        classes = [sum(sample.label == label for sample in selection) for label in (0, 1)]
+        if min(classes) == 0:
+            raise ValueError(
+                f"train.keep is valid, but data.shots {data.shots} leaves {classes[0]} normal and {classes[1]} of the "
+                f"anomalous images of {data.dataset}'s valid pool to choose by; use fewer shots or --train.keep last"
+            )
+    return Plan(training, selection)
+
+
+def load(config: Config, plan: Plan, model: IqeClip, frozen: Params) -> list[FeatureSet]:
+    """The features of `plan.training`, one set after the other in its order."""
+    if not config.zero_shot:
+        (support,) = plan.training.values()
+        return [_support_features(config, support, model, frozen)]
+    sets, budget = [], config.train.feature_memory_gb * 1e9
+    for name, samples in plan.training.items():
+        sets.append(features.of_samples(model, frozen, samples, config, title=name, budget=budget))
+        if not isinstance(sets[-1].patch_tokens, np.memmap):
+            budget -= sets[-1].patch_tokens.nbytes
+    return sets
+
+
+def _support_features(config: Config, support: Sequence[Sample], model: IqeClip, frozen: Params) -> FeatureSet:
+    size = config.model.image_size
+    has_masks = any(sample.mask for sample in support)
+    (batch,) = image_batches(support, size, len(support), workers=0, with_masks=has_masks)
+    images, masks = augment(batch["image"], batch["mask"])
+    labels = np.tile(batch["label"], len(images) // len(support))
+    return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config)
+
+
+def batch_at(sets: Sequence[FeatureSet], order: FewShotBatches | LeaveOneOutBatches, step: int) -> Batch:
+    """The batch that optimiser step `step` (from 0) trains on."""
+    chosen = order[step]
+    return sets[chosen.set_index].batch(chosen.indices, chosen.weight)

@@ -1,0 +1,100 @@
+"""From a model config to arrays in memory: CLIP's frozen weights, the tokenised templates and a trained adapter.
+
+The one module that imports `convert`; everything else takes parameter trees.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from iqe_jax.config import ModelConfig
+from iqe_jax.models.clip import Templates
+from iqe_jax.models.iqe_clip import IqeClip, Params
+
+
+def load_model(config: ModelConfig) -> tuple[IqeClip, Params]:
+    """The model of `config` and CLIP's frozen parameters on the default device.
+
+    Raises FileNotFoundError or ValueError, naming the file and what to do, when weights or tokenizer cannot be had
+    or do not go with the config.
+    """
+    from convert.clip import load_clip
+
+    clip = load_clip(config.clip, config.tokenizer)
+    tokens = [clip.tokenizer(text) for text in config.templates]
+    templates = Templates(tuple(tuple(ids[:-1]) for ids in tokens), tokens[0][-1])
+    model = IqeClip(clip.config, config, templates)
+    return model, jax.tree.map(jnp.asarray, clip.params)
+
+
+def load_adapter(model: IqeClip, source: str | Path) -> Params:
+    """A trained adapter for `model`, from an official .pth or our .safetensors, on the default device.
+
+    Raises FileNotFoundError or ValueError, the latter listing every parameter that is missing, left over or of
+    another shape than the model's.
+    """
+    return fit_adapter(model, read_adapter(source, model.config.iqm_heads), source)
+
+
+def fit_adapter(model: IqeClip, adapter: Params, source: str | Path) -> Params:
+    """`adapter` on the default device, if it has `model`'s names and shapes; raises as `load_adapter`."""
+    expected = meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
+    want = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in _leaves(expected)}
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in _leaves(adapter)}
+    problems = [f"missing: {name} {want[name]}" for name in want if name not in found]
+    problems += [f"left over: {name} {found[name]}" for name in found if name not in want]
+    problems += [
+        f"wrong shape: {name} is {found[name]}, the config makes it {want[name]}"
+        for name in want
+        if found.get(name, want[name]) != want[name]
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit the model that the config describes:\n  " + "\n  ".join(problems))
+    return jax.tree.map(jnp.asarray, dict(adapter))
+
+
+def read_adapter(source: str | Path, iqm_heads: int | None = None) -> dict[str, Any]:
+    """A trained adapter as NumPy arrays, of whatever sizes it has; see `convert.adapter.load_adapter`."""
+    from convert.adapter import load_adapter
+
+    return load_adapter(source, iqm_heads)
+
+
+def save_adapter(adapter: Params, path: Path) -> None:
+    """Write a trained adapter, whole or not at all, in place of one that is there."""
+    from convert.adapter import save_adapter
+
+    save_adapter(jax.tree.map(np.asarray, dict(adapter)), path, force=True)
+
+
+def adapter_settings(adapter: Params) -> dict[str, int]:
+    """The fields of ModelConfig that an adapter's shapes tell."""
+    prompts, iqm = adapter["prompts"], adapter["iqm"]
+    return {
+        "prompt_len": prompts["prompt_query"].shape[1],
+        "learnable_tokens": prompts["prompt_embeddings"].shape[1],
+        "prompt_depth": prompts["deep_prompt_embeddings"].shape[0] + 1,
+        "iqm_heads": iqm["layer_0"]["attention"]["query"]["kernel"].shape[1],
+        "iqm_layers": sum(name.startswith("layer_") for name in iqm),
+        "iqm_width": iqm["layer_0"]["intermediate_query"]["kernel"].shape[1],
+    }
+
+
+def digest(tree: Mapping[str, Any]) -> str:
+    """A short fingerprint of all names, shapes and values of a parameter tree."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for path, leaf in _leaves(tree):
+        array = np.ascontiguousarray(leaf)
+        hasher.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        hasher.update(array.data)
+    return hasher.hexdigest()
+
+
+def _leaves(tree: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    return jax.tree.leaves_with_path(dict(tree))

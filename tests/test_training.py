@@ -1,0 +1,437 @@
+"""Training and evaluation on small real files, through the same functions as the command line."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate as evaluate_script
+import iqe_jax
+import train as train_script
+from iqe_jax import config, experiment, features, train_state, trainer
+from iqe_jax.checkpoint import Checkpoints, RunDirectory
+from iqe_jax.data.bmad import load_split
+from iqe_jax.weights import load_adapter
+
+
+@pytest.fixture(scope="module")
+def few_shot(tiny_root, golden_settings):
+    """A recipe that trains in seconds: 4 + 4 images, 88 with augmentation, 3 epochs of 6 steps."""
+    model = config.ModelConfig(**{**golden_settings, "levels": (2, 4), "iqm_layers": 1}, sigma=2.0)
+    data = config.DataConfig(root=tiny_root, shots=4)
+    train = config.TrainConfig(epochs=3, checkpoint_every=1, learning_rate=1e-3)
+    return config.Config("tiny_fewshot", model=model, data=data, train=train, eval=config.EvalConfig(heatmaps=4))
+
+
+@pytest.fixture(scope="module")
+def zero_shot(few_shot):
+    """The same on liver (masks) and chest (none), scored on brain."""
+    data = dataclasses.replace(few_shot.data, shots=0, sources=("brain", "liver", "chest"))
+    train = dataclasses.replace(few_shot.train, epochs=2)
+    return dataclasses.replace(few_shot, name="tiny_zeroshot", data=data, train=train)
+
+
+def at(recipe, run_dir, **train):
+    return dataclasses.replace(recipe, run_dir=run_dir, train=dataclasses.replace(recipe.train, **train))
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def scores(run_dir):
+    with (run_dir / "scores.csv").open() as file:
+        return {row["image"]: float(row["score"]) for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def trained(few_shot, tmp_path_factory):
+    """A finished few-shot run, evaluated."""
+    run_dir = tmp_path_factory.mktemp("runs") / "few"
+    experiment.run_evaluation(at(few_shot, run_dir))
+    return run_dir
+
+
+def test_a_few_shot_evaluation_trains_first_and_leaves_all_results(few_shot, trained, capsys):
+    log = losses(trained)
+    assert [line["step"] for line in log] == list(range(1, 19))
+    assert set(log[0]) == {"step", "epoch", "loss", "detection", "focal", "dice", "gradient_norm"}
+    assert log[-1]["loss"] < log[0]["loss"]
+    summary = json.loads((trained / "metrics.json").read_text())
+    assert summary["images"] == {"normal": 10, "anomalous": 10}
+    assert summary["protocol"] == "few-shot, k = 4"
+    assert summary["weights"]["chosen"] == "weights of the last step"
+    assert len(summary["weights"]["support"]) == 8
+    assert 0 <= summary["metrics"]["image_auroc"] <= 1
+    assert 0 <= summary["metrics"]["pixel_auroc"] <= 1
+    assert len(scores(trained)) == 20
+    pictures = sorted(path.name for path in (trained / "heatmaps").iterdir())
+    assert pictures == [
+        *("anomalous-00010.png", "anomalous-00019.png", "normal-00000.png", "normal-00009.png", "overview.png")
+    ]
+    with Image.open(trained / "heatmaps" / "overview.png") as overview:
+        assert overview.size == (2 * 3 * 40 + 8, 2 * 40)
+    assert list((trained / "tensorboard").iterdir())
+    assert config.from_json((trained / "config.json").read_text()) == at(few_shot, trained)
+
+    capsys.readouterr()
+    experiment.run_evaluation(at(few_shot, trained))  # now only scores
+    shown = capsys.readouterr()
+    assert "is trained already" in shown.err.replace("\n", " ")
+    assert "image AUROC" in shown.out
+
+
+def test_the_detector_scores_as_the_evaluation_did(trained, tiny_root):
+    detector = iqe_jax.load(trained)
+    samples = load_split(tiny_root, "brain", "test")
+    prediction = detector([sample.image for sample in samples])
+    np.testing.assert_allclose(prediction.score, list(scores(trained).values()), atol=2e-6)
+    assert list(scores(trained)) == [sample.name for sample in samples]
+    assert prediction.anomaly_map.shape == (20, 40, 40)
+
+
+class Stopped(Exception):
+    """Stands in for a machine going away."""
+
+
+def stop_at(monkeypatch, step):
+    real = trainer.train_step
+
+    def step_or_stop(state, *args, **kwargs):
+        if int(state.step) == step:
+            raise Stopped
+        return real(state, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", step_or_stop)
+
+
+@pytest.mark.parametrize("stop", [1, 6, 7, 17])
+def test_a_resumed_run_is_bit_identical(few_shot, trained, tmp_path, monkeypatch, stop):
+    recipe = at(few_shot, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, stop)
+        experiment.run_training(recipe)
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    experiment.run_training(recipe)
+    assert losses(tmp_path / "run") == losses(trained)
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
+
+
+def test_a_finished_run_can_be_trained_further(few_shot, trained, tmp_path):
+    recipe = at(few_shot, tmp_path / "run", epochs=2)
+    experiment.run_training(recipe)
+    experiment.run_training(at(few_shot, tmp_path / "run", epochs=3))
+    assert losses(tmp_path / "run") == losses(trained)
+
+
+def test_seeds_draw_other_supports_and_weights(few_shot, tmp_path):
+    for seed in (1, 2):
+        experiment.run_training(at(few_shot, tmp_path / str(seed), seed=seed, steps=1, epochs=1))
+    kept = [json.loads((tmp_path / seed / "kept.json").read_text()) for seed in "12"]
+    assert kept[0]["support"] != kept[1]["support"]
+    assert losses(tmp_path / "1") != losses(tmp_path / "2")
+
+
+def test_dropout_is_on_in_the_first_epoch_only(few_shot, trained, tmp_path):
+    recipe = at(few_shot, tmp_path, dropout=0.3, steps=7)
+    experiment.run_training(recipe)
+    found, plain = losses(tmp_path), losses(trained)
+    assert all(a["loss"] != b["loss"] for a, b in zip(found, plain, strict=False))
+    # The seventh step runs without: its loss is a plain function of the weights before it.
+    used = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = trainer.train_step
+        patch.setattr(trainer, "train_step", lambda *a, **k: used.append(k["dropout"]) or real(*a, **k))
+        experiment.run_training(at(few_shot, tmp_path / "again", dropout=0.3, steps=7))
+    assert used == [0.3] * 6 + [0.0]
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(few_shot, tmp_path):
+    recipe = at(few_shot, tmp_path, learning_rate=1e-3)
+    experiment.run_training(at(recipe, tmp_path, epochs=1))
+    broken = at(recipe, tmp_path, epochs=3)
+    with pytest.MonkeyPatch.context() as patch:
+        real = trainer.train_step
+
+        def step(state, frozen, batch, **kwargs):
+            if int(state.step) == 8:
+                batch = batch.replace(image_features=batch.image_features * np.float32(np.nan))
+            return real(state, frozen, batch, **kwargs)
+
+        patch.setattr(trainer, "train_step", step)
+        with pytest.raises(FloatingPointError, match=r"step 9: .*loss is nan.* a batch of brain with .*good/00"):
+            experiment.run_training(broken)
+    assert [line["step"] for line in losses(tmp_path)] == list(range(1, 9))
+    with Checkpoints(RunDirectory(broken)) as checkpoints:
+        assert checkpoints._manager.latest_step() == 6
+    experiment.run_training(broken)  # goes on from there
+    assert len(losses(tmp_path)) == 18
+
+
+def test_a_run_directory_belongs_to_one_run(few_shot, trained):
+    with pytest.raises(
+        ValueError, match=r"other settings \(train.seed was 0, now 5\); give this one another --run-dir"
+    ):
+        experiment.run_training(at(few_shot, trained, seed=5))
+
+
+def test_a_damaged_checkpoint_is_named(few_shot, tmp_path):
+    experiment.run_training(at(few_shot, tmp_path, epochs=1))
+    for file in (tmp_path / "checkpoints" / "6").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:7])
+    with pytest.raises(ValueError, match=r"checkpoints/6 cannot be restored"):
+        experiment.run_training(at(few_shot, tmp_path, epochs=2))
+
+
+# ---------------------------------------------------------------------------- which weights are kept
+
+
+@pytest.mark.parametrize("keep", ["valid", "paper"])
+def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = trainer.evaluate
+
+        def evaluate(model, trainable, *args, **kwargs):
+            result = real(model, trainable, *args, **kwargs)
+            seen.append(
+                (sum(v for n, v in result.metrics.items() if "error" not in n), jax.tree.map(np.array, trainable))
+            )
+            return result
+
+        patch.setattr(trainer, "evaluate", evaluate)
+        metrics = experiment.run_evaluation(at(few_shot, tmp_path, keep=keep))
+    assert len(seen) == 3  # once an epoch
+    best = int(np.argmax([score for score, _ in seen]))
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert summary["weights"]["step"] == 6 * (best + 1)
+    assert summary["weights"]["rule"] == keep
+    assert ("TEST SET" in summary["weights"]["chosen"]) == (keep == "paper")
+    if keep == "paper":
+        assert metrics["image_auroc"] + metrics["pixel_auroc"] == pytest.approx(seen[best][0], abs=1e-6)
+    detector = iqe_jax.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, dict(detector._trainable), seen[best][1])
+
+
+def test_a_figure_chosen_on_test_data_says_so_on_screen(few_shot, tmp_path, capsys):
+    experiment.run_evaluation(at(few_shot, tmp_path, keep="paper", steps=1))
+    assert "chosen on the TEST SET" in " ".join(capsys.readouterr().out.split())
+
+
+def test_valid_needs_images_that_are_not_support(few_shot, tmp_path):
+    recipe = dataclasses.replace(at(few_shot, tmp_path, keep="valid"), data=dataclasses.replace(few_shot.data, shots=6))
+    with pytest.raises(
+        ValueError, match=r"train.keep is valid, but data.shots 6 leaves 0 normal and 0 of the anomalous"
+    ):
+        experiment.run_training(recipe)
+    assert not (tmp_path / "config.json").exists()
+
+
+# ---------------------------------------------------------------------------- zero-shot
+
+
+def test_zero_shot_asks_for_training(zero_shot, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trained adapter in .*train it first: python train.py"):
+        experiment.run_evaluation(at(zero_shot, tmp_path))
+
+
+def test_zero_shot_trains_on_the_other_sets_and_scores_the_target(zero_shot, tmp_path):
+    recipe = at(zero_shot, tmp_path)
+    trained = experiment.run_training(recipe)
+    log = losses(tmp_path)
+    assert len(log) == 2 * (2 + 2)  # 20 images each of liver and chest, in batches of 16
+    with_masks = [line for line in log if "dice" in line]
+    assert len(with_masks) == 4  # liver's; chest has no masks
+    experiment.run_evaluation(recipe)
+    detector = iqe_jax.Detector(trained.model, trained.frozen, trained.trainable, zero_shot=True)
+    samples = load_split(recipe.data.root, "brain", "test")
+    np.testing.assert_allclose(detector([s.image for s in samples]).score, list(scores(tmp_path).values()), atol=2e-5)
+
+
+def test_where_features_are_kept_changes_no_number(zero_shot, tmp_path):
+    experiment.run_training(at(zero_shot, tmp_path / "memory", features="memory"))
+    experiment.run_training(at(zero_shot, tmp_path / "disk", features="disk"))
+    experiment.run_training(at(zero_shot, tmp_path / "auto", feature_memory_gb=0.0))
+    assert losses(tmp_path / "memory") == losses(tmp_path / "disk") == losses(tmp_path / "auto")
+
+
+def test_bfloat16_features_are_close(zero_shot, tmp_path):
+    for place in ("memory", "disk"):
+        recipe = at(zero_shot, tmp_path / place, features=place, feature_dtype="bfloat16", steps=4)
+        experiment.run_training(recipe)
+    assert losses(tmp_path / "memory") == losses(tmp_path / "disk")
+    experiment.run_training(at(zero_shot, tmp_path / "exact", steps=4))
+    half, exact = ([line["loss"] for line in losses(tmp_path / name)] for name in ("disk", "exact"))
+    assert half != exact
+    np.testing.assert_allclose(half, exact, rtol=1e-2)
+
+
+# ---------------------------------------------------------------------------- features on disk
+
+
+def of_samples(recipe, model, frozen, samples):
+    return features.of_samples(model, frozen, samples, recipe, title="brain", budget=0)
+
+
+def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, tiny_root, monkeypatch):
+    model, frozen, _ = golden_model
+    recipe = dataclasses.replace(few_shot, model=model.config)
+    samples = load_split(tiny_root, "brain", "test")
+    first = of_samples(recipe, model, frozen, samples)
+    runs = []
+    monkeypatch.setattr(
+        features, "run_tower", lambda *a: runs.append(1) or jax.jit(type(model).features, static_argnums=0)(*a)
+    )
+    again = of_samples(recipe, model, frozen, samples)
+    assert not runs
+    np.testing.assert_array_equal(first.patch_tokens, again.patch_tokens)
+    np.testing.assert_array_equal(first.masks, again.masks)
+    other = jax.tree.map(lambda x: x * 1.01, frozen)
+    changed = of_samples(recipe, model, other, samples)
+    assert len(runs) == 2
+    assert np.abs(changed.patch_tokens - first.patch_tokens).max() > 0
+    image = samples[0].image
+    image.touch()
+    of_samples(recipe, model, frozen, samples)
+    assert len(runs) == 4
+
+
+def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_root, monkeypatch):
+    model, frozen, _ = golden_model
+    recipe = dataclasses.replace(few_shot, model=model.config, train=dataclasses.replace(few_shot.train, batch_size=3))
+    samples = load_split(tiny_root, "liver", "test")
+    monkeypatch.setattr(features, "SAVE_EVERY", 2)
+    whole = features.of_samples(model, frozen, samples, recipe, title="liver", budget=1e12)
+    real, runs = features.run_tower, []
+
+    def tower(*args):
+        runs.append(1)
+        if len(runs) == 5:
+            raise Stopped
+        return real(*args)
+
+    monkeypatch.setattr(features, "run_tower", tower)
+    with pytest.raises(Stopped):
+        of_samples(recipe, model, frozen, samples)
+    resumed = of_samples(recipe, model, frozen, samples)
+    assert len(runs) == 5 + 3  # 7 batches, of which 4 were written down
+    np.testing.assert_array_equal(resumed.patch_tokens, whole.patch_tokens)
+    np.testing.assert_array_equal(resumed.masks, whole.masks)
+
+
+def test_a_full_disk_is_found_out_before_any_work(few_shot, golden_model, tiny_root, monkeypatch):
+    model, frozen, _ = golden_model
+    recipe = dataclasses.replace(few_shot, model=model.config, train=dataclasses.replace(few_shot.train, batch_size=5))
+    usage = features.shutil.disk_usage(tiny_root)._replace(free=1000)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
+    samples = load_split(tiny_root, "chest", "test")
+    with pytest.raises(OSError, match=r"features of brain need 0.0 GB .* set \$IQE_JAX_CACHE"):
+        of_samples(recipe, model, frozen, samples)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def arguments(recipe, run_dir, *more):
+    model = recipe.model
+    return [
+        *("--config", "brain_fewshot", "--run-dir", str(run_dir), "--data.root", str(recipe.data.root)),
+        *("--model.clip", model.clip, "--model.image-size", "40", "--model.levels", "2", "4", "--model.sigma", "2"),
+        *("--model.iqm-layers", "1", "--model.iqm-heads", "4", "--model.iqm-width", "96"),
+        *more,
+    ]
+
+
+def test_brain_fewshot_on_the_real_layout(few_shot, tmp_path, capsys):
+    """The command of the README, at reduced size: a random CLIP in OpenAI's format, a folder as MVFA packs it."""
+    evaluate_script.main(arguments(few_shot, tmp_path, "--train.steps", "3", "--data.shots", "2"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "brain_fewshot: brain, few-shot, k = 2, seed 0" in shown
+    assert "pixel AUROC" in shown
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert summary["data"] == str(few_shot.data.root)
+
+
+def test_train_then_evaluate(few_shot, tmp_path):
+    line = arguments(few_shot, tmp_path, "--train.steps", "2")
+    train_script.main(line)
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+    evaluate_script.main(line)
+    assert (tmp_path / "adapter.safetensors").read_bytes() == before
+
+
+def test_an_official_checkpoint_is_scored_without_training(few_shot, golden_files, golden_settings, tmp_path):
+    recipe = dataclasses.replace(few_shot, model=dataclasses.replace(few_shot.model, **golden_settings))
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, adapter=str(golden_files[1])))
+    metrics = experiment.run_evaluation(at(recipe, tmp_path))
+    assert set(metrics) == {"image_auroc", "pixel_auroc", "pixel_auroc_error"}
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_training_starts_from_a_given_adapter(few_shot, golden_files, golden_settings, tmp_path):
+    model = dataclasses.replace(few_shot.model, **golden_settings, adapter=str(golden_files[1]))
+    recipe = dataclasses.replace(at(few_shot, tmp_path, steps=1, learning_rate=1e-9), model=model)
+    trained = experiment.run_training(recipe)
+    start = load_adapter(trained.model, golden_files[1])
+    np.testing.assert_allclose(trained.trainable["dense"]["kernel"], start["dense"]["kernel"], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data.root", "nowhere"), "no data folder at nowhere.*docs/data.md"),
+        (("--data.dataset", "resc"), "set 'resc' is not in"),
+        (("--data.shots", "7"), "7 normal and 7 anomalous images were asked for, but there are 6 and 6"),
+        (("--model.clip", "nowhere.pt"), "nowhere.pt"),
+        (("--model.iqm-heads", "5"), "must divide"),
+        (("--data.support-list", "nowhere.txt"), "no support list at nowhere.txt"),
+        (("--model.adapter", "nowhere.pth"), "nowhere.pth does not exist"),
+    ],
+)
+def test_what_is_missing_is_said_before_any_work(few_shot, tmp_path, more, message):
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit, match=message) as stop:
+        evaluate_script.main(arguments(few_shot, run_dir, *more))
+    assert str(stop.value).startswith("evaluate.py: ")
+    assert not run_dir.exists()
+
+
+def test_without_weights_the_message_says_what_to_get(few_shot, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = ["--config", "brain_fewshot", "--run-dir", str(tmp_path / "run"), "--data.root", str(few_shot.data.root)]
+    with pytest.raises(SystemExit, match="openai/clip-vit-large-patch14-336"):
+        evaluate_script.main(line)
+
+
+def test_an_unreadable_image_is_named(few_shot, tiny_root, tmp_path):
+    import shutil
+
+    root = tmp_path / "sets"
+    shutil.copytree(tiny_root, root)
+    (root / "Brain_AD/test/Ungood/img/003.png").write_bytes(b"\x89PNG\r\n")
+    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
+    with pytest.raises(ValueError, match=r"Ungood/img/003\.png"):
+        experiment.run_evaluation(at(recipe, tmp_path / "run", steps=1))
+
+
+def test_padding_of_a_batch_changes_neither_loss_nor_gradients(golden_model):
+    model, frozen, trainable = golden_model
+    draw = np.random.default_rng(0)
+    shapes = {"patch_tokens": (3, 4, 25, 128), "image_features": (3, 64), "masks": (3, 40, 40)}
+    arrays = {name: draw.random(shape, np.float32) for name, shape in shapes.items()}
+    arrays["labels"] = np.array([0, 1, 1], np.float32)
+    small = train_state.Batch(**arrays, weight=np.ones(3, np.float32))
+    padded = {name: np.concatenate([array, array[:2] * 0.3]) for name, array in arrays.items()}
+    padded = train_state.Batch(**padded, weight=np.array([1, 1, 1, 0, 0], np.float32))
+
+    def gradient(batch):
+        return jax.grad(lambda t: train_state.objective(model, t, frozen, batch)[0])(trainable)
+
+    one, other = gradient(small), gradient(padded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, other)
