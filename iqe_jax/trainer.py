@@ -19,7 +19,7 @@ from iqe_jax.config import Config
 from iqe_jax.evaluator import evaluate
 from iqe_jax.features import FeatureSet
 from iqe_jax.models.iqe_clip import IqeClip, Params
-from iqe_jax.progress import bar, console
+from iqe_jax.progress import Meter, console
 from iqe_jax.train_state import Batch, TrainState, create, train_step
 from iqe_jax.weights import load_adapter
 
@@ -51,6 +51,11 @@ class Trainer:
         self.run.claim()
         with Checkpoints(self.run) as checkpoints:
             state = checkpoints.restore(state)
+            if int(state.step) > self.total:
+                raise ValueError(
+                    f"{self.run.path} has come to step {int(state.step)} already, past the {self.total} asked for; "
+                    "give this run another --run-dir"
+                )
             if int(state.step) > 0:
                 console.print(f"Going on from step {int(state.step)} of {self.total} in {self.run.path}")
             if int(state.step) < self.total:
@@ -76,8 +81,7 @@ class Trainer:
         settings, per_epoch, start = self.config.train, self.order.steps_per_epoch, int(state.step)
         text = {"text": self.frozen["text"]}
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        with _Log(self.run.path, start) as log, bar() as progress:
-            task = progress.add_task("Training", total=self.total, completed=start)
+        with _Log(self.run.path, start) as log, Meter("Training", self.total, start) as meter:
 
             def settle() -> None:
                 """Wait for the step that was started last, and write its losses down."""
@@ -86,7 +90,7 @@ class Trainer:
                     step, metrics = pending
                     losses = {name: float(value) for name, value in metrics.items()}
                     log.write(step, (step - 1) // per_epoch, losses, lambda: self._describe(step - 1))
-                    progress.update(task, completed=step, description=f"Training, loss {losses['loss']:.3f}")
+                    meter.update(step, f"loss {losses['loss']:.3f}")
                     pending = None
 
             for step, batch in self._batches(sets, start):
@@ -94,12 +98,13 @@ class Trainer:
                 state, metrics = train_step(state, text, batch, model=self.model, config=settings, dropout=dropout)
                 settle()  # while this step runs, the one before it is written down
                 pending, epoch, last = (step + 1, metrics), (step + 1) / per_epoch, step + 1 == self.total
-                if last or epoch % settings.checkpoint_every == 0:
-                    settle()  # a checkpoint is written only once all losses before it are known to be finite
-                    checkpoints.save(state)
                 if selection is not None and (last or epoch % settings.eval_every == 0):
                     settle()
-                    self._choose(state, selection)
+                    self._choose(state, selection, log)
+                # Last, so that whatever a checkpoint is resumed from has been chosen from and is known to be finite.
+                if last or epoch % settings.checkpoint_every == 0:
+                    settle()
+                    checkpoints.save(state)
             settle()
         return state
 
@@ -117,11 +122,12 @@ class Trainer:
         images = {samples[i % len(samples)].name for i in chosen.indices[chosen.weight > 0]}
         return f"a batch of {name} with {', '.join(sorted(images))}"
 
-    def _choose(self, state: TrainState, selection: FeatureSet) -> None:
+    def _choose(self, state: TrainState, selection: FeatureSet, log: "_Log") -> None:
         """Keep the present weights if they beat the kept ones by image plus pixel AUROC."""
         batches = selection.batches(self.config.eval.batch_size)
         zero_shot = self.config.zero_shot
         metrics = evaluate(self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot).metrics
+        log.write_selection(int(state.step), self.config.train.keep, metrics)
         kept = self.run.kept
         if kept is None or _selection_score(metrics) > _selection_score(kept["metrics"]):
             self.run.keep(state.trainable, rule=self.config.train.keep, step=int(state.step), metrics=metrics)
@@ -168,3 +174,9 @@ class _Log:
         self._lines.write(json.dumps(line) + "\n")
         for name, value in losses.items():
             self._board.add_scalar(f"train/{name}", value, step)
+
+    def write_selection(self, step: int, rule: str, metrics: dict[str, float]) -> None:
+        """One line of what the weights after `step` score on the images that `rule` chooses by."""
+        self._lines.write(json.dumps({"step": step, rule: metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(f"{rule}/{name}", value, step)

@@ -129,6 +129,26 @@ def test_a_finished_run_can_be_trained_further(few_shot, trained, tmp_path):
     assert losses(tmp_path / "run") == losses(trained)
 
 
+def test_a_run_does_not_go_backwards(few_shot, trained):
+    with pytest.raises(ValueError, match="has come to step 18 already, past the 5 asked for"):
+        experiment.run_training(at(few_shot, trained, steps=5))
+
+
+@pytest.mark.parametrize("stop", [3, 6, 13])
+def test_a_resumed_choice_of_weights_is_the_same(few_shot, tmp_path, monkeypatch, stop):
+    for name in ("whole", "stopped"):
+        recipe = at(few_shot, tmp_path / name, keep="valid", checkpoint_every=2)
+        with monkeypatch.context() as patch:
+            if name == "stopped":
+                stop_at(patch, stop)
+                with pytest.raises(Stopped):
+                    experiment.run_training(recipe)
+        experiment.run_training(recipe)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    for file in ("kept.json", "adapter.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
 def test_seeds_draw_other_supports_and_weights(few_shot, tmp_path):
     for seed in (1, 2):
         experiment.run_training(at(few_shot, tmp_path / str(seed), seed=seed, steps=1, epochs=1))
@@ -209,6 +229,8 @@ def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
         metrics = experiment.run_evaluation(at(few_shot, tmp_path, keep=keep))
     assert len(seen) == 3  # once an epoch
     best = int(np.argmax([score for score, _ in seen]))
+    logged = [line[keep] for line in losses(tmp_path) if keep in line]
+    assert [sum(v for n, v in line.items() if "error" not in n) for line in logged] == [score for score, _ in seen]
     summary = json.loads((tmp_path / "metrics.json").read_text())
     assert summary["weights"]["step"] == 6 * (best + 1)
     assert summary["weights"]["rule"] == keep
