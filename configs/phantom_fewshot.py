@@ -4,15 +4,27 @@
 """
 
 from iqe_jax.cache import cache_dir
-from iqe_jax.config import Config, DataConfig, ModelConfig
+from iqe_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from iqe_jax.data.phantoms import CLIP_DIR
 
-# The shipped tiny CLIP at its native side; the blur keeps its size relative to the image (8 px of 240).
+# Where these differ from the published settings they were chosen on phantoms of another seed, not on the test set: the
+# tiny CLIP knows little, so eight images teach too much in 50 epochs, and its lesions are too small for a mean score.
+# The blur keeps its size relative to the image (8 px of 240).
 MODEL = ModelConfig(
-    clip=str(CLIP_DIR), image_size=96, levels=(2, 4, 6), iqm_layers=2, iqm_heads=4, iqm_width=512, sigma=3.2
+    clip=str(CLIP_DIR),
+    image_size=96,
+    levels=(4, 6),
+    iqm_layers=2,
+    iqm_heads=4,
+    iqm_width=512,
+    start="clip",
+    fusion_weight=0.5,
+    score="max",
+    sigma=3.2,
 )
 
 
 def config() -> Config:
-    """The published training setting on a small model."""
-    return Config(model=MODEL, data=DataConfig(root=cache_dir() / "phantoms", phantoms=True, shots=4))
+    """A small model and six epochs: less than a minute on two cores."""
+    data = DataConfig(root=cache_dir() / "phantoms", phantoms=True, shots=4)
+    return Config(model=MODEL, data=data, train=TrainConfig(epochs=6))

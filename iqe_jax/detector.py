@@ -26,7 +26,8 @@ Images = np.ndarray | jax.Array | PIL.Image.Image | str | Path | Sequence[Any]
 class Prediction(NamedTuple):
     """What the detector says of one image, or with a leading axis of several.
 
-    `score` is higher for anomalous images: in [0, 2] few-shot, in [0, 2K] zero-shot. `anomaly_map` (S, S) is in [0, 1].
+    `score` is higher for anomalous images: officially in [0, 2] few-shot and in [0, 2K] zero-shot, in [0, 1] where the
+    model's `score` setting is another. `anomaly_map` (S, S) is in [0, 1].
     """
 
     score: Float[np.ndarray, "*batch"]
@@ -78,7 +79,7 @@ class Detector:
         `image_features` (B, D), `patch_tokens` (K, B, L, W), `class_tokens` (B, P, D), `query_tokens` (B, 2, D),
         `text_embeddings` (B, 2, D), `dense_features` (K, B, L, D), `query_features` (K, B, 2, D), `maps_query` and
         `maps_text` (K, B, 2, S, S), normal channel first, `scores_query` and `scores_text` (K, B), `segmentation`
-        (B, S, S), `score_zero` and `score_few` (B).
+        (B, S, S), `score_zero`, `score_few`, `score_max` and `score_top` (B).
         """
         return _outputs(self.model, self._trainable, self._frozen, self._prepare(images)[0])
 
@@ -145,7 +146,7 @@ def _load_run(directory: Path) -> Detector:
 @partial(jax.jit, static_argnames=("model", "zero_shot"))
 def _predict(model: IqeClip, trainable: Params, frozen: Params, images: jax.Array, zero_shot: bool):
     outputs = model.predict(model.head(trainable, frozen, model.features(frozen, images)))
-    return outputs["score_zero" if zero_shot else "score_few"], outputs["segmentation"]
+    return model.image_score(outputs, zero_shot=zero_shot), outputs["segmentation"]
 
 
 @partial(jax.jit, static_argnames="model")

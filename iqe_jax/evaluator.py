@@ -29,7 +29,7 @@ def evaluation_step(
 ) -> tuple[Float[Array, " batch"], Float[Array, "batch side side"], Int[Array, "2 bins"] | None]:
     """Image scores, segmentation, and the counts of pixel values where the batch has masks."""
     prediction = model.predict(model.head(trainable, frozen, batch.features()))
-    scores = prediction["score_zero" if zero_shot else "score_few"]
+    scores = model.image_score(prediction, zero_shot=zero_shot)
     segmentation = prediction["segmentation"]
     counts = None if batch.masks is None else pixel_histogram(segmentation, batch.masks, batch.weight)
     return scores, segmentation, counts

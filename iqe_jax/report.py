@@ -51,6 +51,7 @@ def _summary(config: Config, evaluation: Evaluation, kept: dict[str, Any]) -> di
         "seed": config.train.seed,
         "images": {"normal": len(evaluation.labels) - anomalous, "anomalous": anomalous},
         "weights": {**kept, "chosen": RULES[kept["rule"]]},
+        "image_score": config.model.score,
         "metrics": {name: None if np.isnan(value) else value for name, value in evaluation.metrics.items()},
     }
 
@@ -70,6 +71,8 @@ def print_table(summary: dict[str, Any]) -> None:
             )
     images = summary["images"]
     caption = [f"{images['normal']} normal, {images['anomalous']} anomalous images", summary["weights"]["chosen"]]
+    if summary["image_score"] != "official":
+        caption.append(f"image score: {summary['image_score']} of the map, not the official mean")
     if summary["data"] == PHANTOMS:
         caption.append(PHANTOMS)
     table.caption = "\n".join(caption)

@@ -309,6 +309,17 @@ def test_number_of_prompt_tokens(pixels, weights, tokens):
     assert np.isfinite(found["scores_text"]).all()
 
 
+def test_image_scores(weights, pixels):
+    prediction = model().predict(head(weights, pixels))
+    flat = np.sort(np.asarray(prediction["segmentation"]).reshape(3, -1))
+    np.testing.assert_allclose(prediction["score_max"], flat[:, -1], atol=1e-6)
+    np.testing.assert_allclose(prediction["score_top"], flat[:, -6:].mean(1), atol=1e-6)  # 576 pixels
+    chosen = {("official", True): "zero", ("official", False): "few", ("max", True): "max", ("top", False): "top"}
+    for (score, zero_shot), name in chosen.items():
+        found = model(score=score).image_score(prediction, zero_shot=zero_shot)
+        np.testing.assert_array_equal(found, prediction[f"score_{name}"])
+
+
 def test_a_start_from_clip_is_clips_own_comparison(weights, pixels):
     """With no other prompt tokens the text branch starts as patches against texts, each as CLIP embeds it."""
     frozen = jax.tree.map(lambda x: x, weights[1])

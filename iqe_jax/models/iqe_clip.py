@@ -97,6 +97,11 @@ class IqeClip:
         """The compute type."""
         return jnp.dtype(self.config.dtype)
 
+    def image_score(self, prediction: Mapping[str, jax.Array], *, zero_shot: bool) -> Float[Array, " batch"]:
+        """The score that `config.score` asks for, from what `predict` returned."""
+        official = "score_zero" if zero_shot else "score_few"
+        return prediction[official if self.config.score == "official" else f"score_{self.config.score}"]
+
     def _vision(self) -> VisionTower:
         config = self.config
         return VisionTower(self.clip, config.levels, config.activation, config.normalisation, self.dtype)
@@ -198,17 +203,23 @@ class IqeClip:
         """Maps and scores from what `head` returned.
 
         Returns `maps_query`, `maps_text` (K, B, S, S) in [0, 1]; `segmentation` (B, S, S) in [0, 1], fused and
-        blurred; `score_zero` (B) in [0, 2K], the zero-shot image score; `score_few` (B) in [0, 2], the few-shot one.
+        blurred; `score_zero` (B) in [0, 2K], the official zero-shot image score; `score_few` (B) in [0, 2], the
+        official few-shot one; `score_max` and `score_top` (B) in [0, 1], the segmentation's maximum and the mean of
+        its highest hundredth.
         """
         config = self.config
         maps_query, maps_text = self.maps(outputs["logits_query"]), self.maps(outputs["logits_text"])
         query, text = maps_query.mean(0), maps_text.mean(0)
         blur = blur_matrix(config.image_size, config.sigma)
         fused = config.fusion_weight * query + (1 - config.fusion_weight) * text
+        segmentation = jnp.einsum("Yy,byx,Xx->bYX", blur, fused, blur)
+        pixels = segmentation.reshape(len(segmentation), -1)
         return {
             "maps_query": maps_query,
             "maps_text": maps_text,
-            "segmentation": jnp.einsum("Yy,byx,Xx->bYX", blur, fused, blur),
+            "segmentation": segmentation,
+            "score_max": pixels.max(-1),
+            "score_top": jax.lax.top_k(pixels, -(-pixels.shape[-1] // 100))[0].mean(-1),
             "score_zero": (outputs["scores_query"] + outputs["scores_text"]).sum(0),
             "score_few": (text + query).mean((1, 2)),
         }
