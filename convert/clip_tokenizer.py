@@ -4,6 +4,7 @@ transformers does the tokenizing and is imported on first need. Which folder a c
 clip.py to say.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _load(folder: Path) -> Any:
+    # Without PyTorch, which tokenizing does not need, transformers advises on its first import to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     settings = folder / "tokenizer_config.json"
     kind = read_json(settings).get("tokenizer_class") if settings.is_file() else None
     if kind in (None, "CLIPTokenizer", "CLIPTokenizerFast"):

@@ -68,6 +68,12 @@ def plan(config: Config) -> Plan:
         valid = load_split(data.root, data.dataset, "valid")
         if data.support_list:
             support = read_support(data.support_list, valid, row=data.support_row)
+            named = [sum(sample.label == label for sample in support) for label in (0, 1)]
+            if named != [data.shots, data.shots]:
+                raise ValueError(
+                    f"row {data.support_row} of {data.support_list} names {named[0]} normal and {named[1]} anomalous "
+                    f"images, but data.shots is {data.shots}; give the list of that k, or --data.shots {named[0]}"
+                )
         else:
             support = draw_support(valid, data.shots, config.train.seed)
         training = {data.dataset: support}

@@ -122,6 +122,12 @@ def test_a_resumed_run_is_bit_identical(few_shot, trained, tmp_path, monkeypatch
     assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
 
 
+def test_a_partial_batch_runs_the_same_program(few_shot, trained, tmp_path):
+    programs = train_state._step._cache_size()
+    experiment.run_training(at(few_shot, tmp_path, epochs=1))  # 88 images: five batches of 16 and one of 8
+    assert train_state._step._cache_size() == programs
+
+
 def test_a_finished_run_can_be_trained_further(few_shot, trained, tmp_path):
     recipe = at(few_shot, tmp_path / "run", epochs=2)
     experiment.run_training(recipe)
@@ -422,6 +428,19 @@ def test_what_is_missing_is_said_before_any_work(few_shot, tmp_path, more, messa
         evaluate_script.main(arguments(few_shot, run_dir, *more))
     assert str(stop.value).startswith("evaluate.py: ")
     assert not run_dir.exists()
+
+
+def test_an_official_support_list_is_used_as_it_stands(few_shot, tmp_path):
+    listed = tmp_path / "2-shot.txt"
+    listed.write_text("n-0: 003.png 001.png\na-0: 000.png 005.png\n")
+    data = dataclasses.replace(few_shot.data, support_list=listed, shots=2)
+    recipe = dataclasses.replace(at(few_shot, tmp_path / "run", steps=1), data=data)
+    experiment.run_training(recipe)
+    support = json.loads((tmp_path / "run" / "kept.json").read_text())["support"]
+    assert support == ["good/003.png", "good/001.png", "ungood/000.png", "ungood/005.png"]
+    four = dataclasses.replace(recipe, run_dir=tmp_path / "four", data=dataclasses.replace(data, shots=4))
+    with pytest.raises(ValueError, match=r"names 2 normal and 2 anomalous images, but data\.shots is 4"):
+        experiment.run_training(four)
 
 
 def test_without_weights_the_message_says_what_to_get(few_shot, tmp_path, monkeypatch):
