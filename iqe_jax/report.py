@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import Sample
+from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.transforms import load_image, load_mask
 from iqe_jax.evaluator import Evaluation
 
@@ -46,7 +47,7 @@ def _summary(config: Config, evaluation: Evaluation, kept: dict[str, Any]) -> di
     return {
         "config": config.name,
         "dataset": config.data.dataset,
-        "data": PHANTOMS if config.data.phantoms else str(config.data.root),
+        "data": PHANTOMS if (config.data.root / MARK).exists() else str(config.data.root),
         "protocol": "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}",
         "seed": config.train.seed,
         "images": {"normal": len(evaluation.labels) - anomalous, "anomalous": anomalous},

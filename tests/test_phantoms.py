@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from iqe_jax.data.phantoms import CLIP_DIR, COUNTS, SETS, batches, make_phantoms, render
+from iqe_jax.data.phantoms import CLIP_DIR, COUNTS, MARK, SETS, batches, make_phantoms, render
 
 PROMPTS = ["a photo of a normal <|class|>.", "a photo of a abnormal <|class|>."]
 
@@ -55,7 +55,7 @@ def test_layout_is_that_of_the_real_set(root, name):
 
 
 def test_nothing_is_left_beside_the_sets(root):
-    assert {path.name for path in root.iterdir()} == {kind.folder for kind in SETS.values()}
+    assert {path.name for path in root.iterdir()} == {MARK} | {kind.folder for kind in SETS.values()}
 
 
 @pytest.mark.parametrize("name", ["brain", "liver", "resc"])

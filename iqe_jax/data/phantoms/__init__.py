@@ -21,6 +21,9 @@ from .canvas import Drawing
 CLIP_DIR = Path(__file__).parent / "clip"
 """The tiny CLIP, a Hugging Face folder."""
 
+MARK = "PHANTOMS.txt"
+"""A file of this name beside the sets says that they are phantoms, to people and to whatever reports on them."""
+
 COUNTS = {"valid": 24, "test": 100}
 """Good pictures per split; as many anomalous ones."""
 
@@ -73,6 +76,8 @@ def make_phantoms(root: Path, sets: Sequence[str] = tuple(SETS), seed: int = 0) 
     for name in sets:
         if missing := _missing(root / SETS[name].folder, SETS[name]):
             _make_set(root, name, seed, missing)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARK).write_text("Rendered by iqe_jax.data.phantoms: nothing measured on these tells of real data.\n")
 
 
 def _known(name: str) -> PhantomSet:
