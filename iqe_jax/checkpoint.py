@@ -29,8 +29,9 @@ FREE = {
     "train.epochs",
     "train.steps",
     "train.checkpoint_every",
+    "train.features",
+    "train.feature_memory_gb",
 }
-FREE |= {"train.features", "train.feature_memory_gb"}
 
 
 class RunDirectory:
@@ -52,7 +53,7 @@ class RunDirectory:
     def claim(self) -> None:
         """Create the directory and write the resolved config."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.path / "config.json", to_json(self.config))
+        write_whole(self.path / "config.json", to_json(self.config))
 
     @property
     def kept(self) -> dict[str, Any] | None:
@@ -63,12 +64,12 @@ class RunDirectory:
     def keep(self, trainable: Params, **facts: Any) -> None:
         """Make `trainable` the kept weights, and note what is known of them."""
         save_adapter(trainable, self.path / "adapter.safetensors")
-        _replace(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
+        write_whole(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
 
     def finish(self, total: int, **facts: Any) -> None:
         """Note that training has come to its end after `total` steps."""
         facts = {**(self.kept or {}), **facts, "finished_at": total}
-        _replace(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
+        write_whole(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
 
     @property
     def finished_at(self) -> int | None:
@@ -139,7 +140,7 @@ def _differences(stored: Config, asked: Config) -> list[str]:
     return found
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text)

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 
 from iqe_jax import weights
 from iqe_jax.cache import cache_dir
+from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config, DataConfig
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.pipeline import image_batches
@@ -180,7 +180,7 @@ def _on_disk(
         def save(images: int) -> None:
             for array in arrays.values():
                 array.flush()
-            _write_text(progress, json.dumps({"images": images}))
+            write_whole(progress, json.dumps({"images": images}))
 
         arrays = {}
         for name, (shape, dtype) in shapes.items():
@@ -191,12 +191,6 @@ def _on_disk(
         fill(arrays, done, save)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
     return {name: array.view(shapes[name][1]) for name, array in arrays.items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _key(model: IqeClip, frozen: Params, samples: Sequence[Sample], config: Config) -> str:
