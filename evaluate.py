@@ -10,8 +10,8 @@ whose adapter is not trained yet trains it first; a zero-shot one asks for train
 
 def main(argv: list[str]) -> None:
     """Evaluate the run that `argv` describes."""
-    config = cli.parse(argv, program="evaluate.py", description=DESCRIPTION)
-    with cli.user_errors("evaluate.py"):
+    launch, config = cli.parse(argv, program="evaluate.py", description=DESCRIPTION)
+    with cli.started(launch, "evaluate.py"):
         from iqe_jax.experiment import run_evaluation
 
         run_evaluation(config)

@@ -10,8 +10,8 @@ CLIP stays frozen. A run that was stopped goes on where it was when the same com
 
 def main(argv: list[str]) -> None:
     """Train the run that `argv` describes."""
-    config = cli.parse(argv, program="train.py", description=DESCRIPTION)
-    with cli.user_errors("train.py"):
+    launch, config = cli.parse(argv, program="train.py", description=DESCRIPTION)
+    with cli.started(launch, "train.py"):
         from iqe_jax.experiment import run_training
 
         run_training(config)

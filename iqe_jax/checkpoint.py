@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from iqe_jax import processes
 from iqe_jax.config import Config, from_json, to_json
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.train_state import TrainState
@@ -24,6 +25,7 @@ FREE = {
     "run_dir",
     "name",
     "eval",
+    "mesh",
     "data.workers",
     "data.processes",
     "train.epochs",
@@ -31,6 +33,8 @@ FREE = {
     "train.checkpoint_every",
     "train.features",
     "train.feature_memory_gb",
+    "train.accumulate",
+    "train.remat",
 }
 
 
@@ -41,6 +45,9 @@ class RunDirectory:
         """Look at `config.directory`. Raises ValueError if a run with other settings is there."""
         self.config = config
         self.path = config.directory
+        kept = self.path / "kept.json"
+        self.kept: dict[str, Any] | None = json.loads(kept.read_text()) if kept.exists() else None
+        """What kept.json says: `rule` and `step`, later `metrics` of the choice, `support` and `finished_at`."""
         stored = self.path / "config.json"
         if stored.exists():
             different = _differences(from_json(stored.read_text()), config)
@@ -51,25 +58,30 @@ class RunDirectory:
                 )
 
     def claim(self) -> None:
-        """Create the directory and write the resolved config."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "config.json", to_json(self.config))
-
-    @property
-    def kept(self) -> dict[str, Any] | None:
-        """What kept.json says: `rule` and `step`, later `metrics` of the choice, `support` and `finished_at`."""
-        path = self.path / "kept.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """Create the directory and write the resolved config. Raises ValueError if not all processes see it then."""
+        with processes.together(f"write to {self.path}"):
+            if processes.is_main():
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_whole(self.path / "config.json", to_json(self.config))
+        with processes.together("share the run directory"):
+            if not (self.path / "config.json").exists():
+                raise ValueError(f"{self.path}, written by process 0, is not there; --run-dir must be on a shared disk")
 
     def keep(self, trainable: Params, **facts: Any) -> None:
-        """Make `trainable` the kept weights, and note what is known of them."""
-        save_adapter(trainable, self.path / "adapter.safetensors")
-        write_whole(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
+        """Make `trainable`, on the host, the kept weights, and note what is known of them."""
+        if processes.is_main():
+            save_adapter(trainable, self.path / "adapter.safetensors")
+        self._note(facts)
 
     def finish(self, total: int, **facts: Any) -> None:
         """Note that training has come to its end after `total` steps."""
-        facts = {**(self.kept or {}), **facts, "finished_at": total}
-        write_whole(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
+        self._note({**(self.kept or {}), **facts, "finished_at": total})
+        processes.barrier("finished")
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        self.kept = facts
+        if processes.is_main():
+            write_whole(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
 
     @property
     def finished_at(self) -> int | None:
@@ -82,7 +94,10 @@ class RunDirectory:
 
 
 class Checkpoints:
-    """Orbax checkpoints of a TrainState below a run directory, written in the background."""
+    """Orbax checkpoints below a run directory, written in the background, each process its own part.
+
+    One holds the TrainState, which has the random key in it, and `position`: where the order of batches has come to.
+    """
 
     def __init__(self, run: RunDirectory):
         """Open the checkpoints of `run`."""
@@ -101,28 +116,38 @@ class Checkpoints:
         """Wait for the last write and let go."""
         self._manager.close()
 
-    def restore(self, like: TrainState) -> TrainState:
+    def restore(self, like: TrainState, order: str) -> TrainState:
         """The latest checkpoint, laid out as `like`, or `like` itself where there is none.
 
-        Raises ValueError naming the checkpoint when it cannot be read or does not fit.
+        `order` says in a word which images stand in which order. Raises ValueError naming the checkpoint when it cannot
+        be read, does not fit, or was made on images in another order.
         """
         step = self._manager.latest_step()
         if step is None:
             return like
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        items = self._args.Composite(state=self._args.StandardRestore(abstract), position=self._args.JsonRestore())  # pyright: ignore
         try:
-            return self._manager.restore(step, args=self._args.StandardRestore(abstract))  # pyright: ignore
+            restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
             raise ValueError(
                 f"checkpoint {self._manager.directory / str(step)} cannot be restored ({error}); "
                 "remove that folder to go on from the one before it, or start again without it"
             ) from error
+        if restored["position"] != {"step": step, "order": order}:
+            raise ValueError(
+                f"checkpoint {self._manager.directory / str(step)} was made on other training images than are "
+                "here now; bring those back, or start again with another --run-dir"
+            )
+        return restored["state"]
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, order: str) -> None:
         """Start to write `state` under its step, if it is not there yet."""
         step = int(state.step)
         if step != self._manager.latest_step():
-            self._manager.save(step, args=self._args.StandardSave(state))  # pyright: ignore[reportCallIssue]
+            position = self._args.JsonSave({"step": step, "order": order})  # pyright: ignore
+            items = self._args.Composite(state=self._args.StandardSave(state), position=position)  # pyright: ignore
+            self._manager.save(step, args=items)
 
 
 def _differences(stored: Config, asked: Config) -> list[str]:

@@ -1,34 +1,62 @@
-"""The command line that the entry scripts share: `--config NAME`, dotted overrides, one-line errors."""
+"""The command line that the entry scripts share: `--config NAME`, dotted overrides, processes, one-line errors."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
 
 from iqe_jax.config import Config, check, load, names
 
+PREEMPTED = 75  # exit status of a run that was told to stop and saved itself: EX_TEMPFAIL, "try again"
 
-def parse(argv: Sequence[str], *, program: str, description: str) -> Config:
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process is started; no part of the experiment."""
+
+    distributed: bool = False
+    """This is one process of several. On SLURM, Open MPI and Cloud TPU the rest is found out by itself."""
+    coordinator: str | None = None
+    """HOST:PORT that process 0 is reached at, where that is not found out."""
+    processes: int | None = None
+    """Number of processes, where that is not found out."""
+    process_id: int | None = None
+    """Number of this process, from 0, where that is not found out."""
+    timeout: int = 300
+    """Seconds to wait for the other processes before giving up."""
+    dry_run: bool = False
+    """Look for all that is needed, compile, print the bytes per device, and stop."""
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    launch: Annotated[Launch, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
+
+
+def parse(argv: Sequence[str], *, program: str, description: str) -> tuple[Launch, Config]:
     """Read a command line such as `--config brain_fewshot --train.steps 100` into a checked Config.
 
     Exits with one message on an unknown recipe, field or value; `--help` explains every field.
     """
-    import tyro
-
     name, rest = _take_config(list(argv))
     description += f"\n\n--config NAME picks a recipe and is required. NAME is one of: {', '.join(names())}."
     if name is None and not {"-h", "--help"} & set(argv):
         raise SystemExit(f"{program}: --config NAME is required, one of: {', '.join(names())}")
     with user_errors(program):
-        config = tyro.cli(
-            Config,
+        line = tyro.cli(
+            _CommandLine,
             args=rest,
-            default=Config() if name is None else load(name),
+            default=_CommandLine(Launch(), Config() if name is None else load(name)),
             prog=program,
             description=description,
-            config=(tyro.conf.FlagConversionOff,),
         )
-        check(config)
-    return config
+        check(line.config)
+    return line.launch, line.config
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -39,6 +67,22 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
         if argument.startswith("--config="):
             return argument.removeprefix("--config="), argv[:i] + argv[i + 1 :]
     return None, argv
+
+
+@contextmanager
+def started(launch: Launch, program: str) -> Iterator[None]:
+    """Join the other processes, then turn what goes wrong into one line: see `user_errors`."""
+    with user_errors(program):
+        from iqe_jax import processes
+
+        processes.start(
+            launch.distributed, launch.coordinator, launch.processes, launch.process_id, timeout=launch.timeout
+        )
+        try:
+            yield
+        except processes.Preempted as stop:
+            print(f"{program}: {stop}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(PREEMPTED) from stop
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+MeshAxis = Literal["data", "fsdp", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,10 @@ class TrainConfig:
     """Type of the kept features; bfloat16 halves their size."""
     feature_memory_gb: float = 8.0
     """Largest size in GB of features kept in memory under `features` auto."""
+    accumulate: int = 1
+    """Parts that a batch is worked off in, one after the other, adding up their gradients: less memory, same step."""
+    remat: bool = False
+    """Compute activations again on the way back and do not hold them: less memory, more work, same step."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,37 @@ class EvalConfig:
     """Images per step; changes speed, never results."""
     heatmaps: int = 8
     """Heat maps written as pictures, half of normal and half of anomalous images; 0 writes none."""
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """The one table of sharding: by which axes of the mesh each logical axis is split, one after the other."""
+
+    batch: tuple[MeshAxis, ...] = ("data", "fsdp")
+    """Images, in every array that has them, activations too."""
+    embed: tuple[MeshAxis, ...] = ("fsdp",)
+    """Width of the residual streams, in parameters only."""
+    heads: tuple[MeshAxis, ...] = ("tensor",)
+    """Attention heads, in parameters; activations follow them."""
+    head_dim: tuple[MeshAxis, ...] = ()
+    """Width of one attention head."""
+    mlp: tuple[MeshAxis, ...] = ("tensor",)
+    """Width of the MLPs' middle, in parameters; activations follow them."""
+    vocab: tuple[MeshAxis, ...] = ()
+    """Rows of the token table."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; one device, eight or a pod run the same code."""
+
+    data: int = -1
+    """Devices that split the batch and hold all parameters; -1 takes what the other two leave."""
+    fsdp: int = 1
+    """Devices that split the batch and the parameters too."""
+    tensor: int = 1
+    """Devices that split heads and MLPs; must divide the number of heads in every tower."""
+    rules: RuleConfig = field(default_factory=RuleConfig)
 
 
 @dataclass(frozen=True)
@@ -144,6 +180,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     @property
     def directory(self) -> Path:
@@ -186,6 +223,9 @@ def check(config: Config) -> None:
         "train.learning_rate": train.learning_rate,
         "train.eval_every": train.eval_every,
         "train.checkpoint_every": train.checkpoint_every,
+        "train.accumulate": train.accumulate,
+        "mesh.fsdp": config.mesh.fsdp,
+        "mesh.tensor": config.mesh.tensor,
         "eval.batch_size": config.eval.batch_size,
     }
     if train.steps is not None:
@@ -209,6 +249,10 @@ def check(config: Config) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more")
+    if config.mesh.data < 1 and config.mesh.data != -1:
+        raise ValueError(f"mesh.data is {config.mesh.data}; it must be above 0, or -1 for all devices left")
+    if train.batch_size % train.accumulate:
+        raise ValueError(f"train.accumulate is {train.accumulate}; it must divide train.batch_size {train.batch_size}")
     if not 0 <= train.dropout < 1:
         raise ValueError(f"train.dropout is {train.dropout}; it must be in [0, 1)")
     if not 0 <= model.fusion_weight <= 1:
@@ -234,6 +278,7 @@ def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
     if unknown := set(values) - set(fields):
         raise ValueError(f"unknown config field {prefix}{sorted(unknown)[0]}")
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+    sections |= {"mesh": MeshConfig, "rules": RuleConfig}
     arguments = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,15 +1,17 @@
 """Scores a test set: image AUROC and pixel AUROC over all of it, with memory that does not grow with it."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from iqe_jax.metrics import auroc_from_histogram, image_auroc, pixel_histogram
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
 
@@ -23,16 +25,20 @@ class Evaluation:
     maps: dict[int, Float[np.ndarray, "side side"]]
 
 
-@partial(jax.jit, static_argnames=("model", "zero_shot"))
+@partial(jax.jit, static_argnames=("model", "zero_shot", "layout"))
 def evaluation_step(
-    model: IqeClip, trainable: Params, frozen: Params, batch: Batch, zero_shot: bool
-) -> tuple[Float[Array, " batch"], Float[Array, "batch side side"], Int[Array, "2 bins"] | None]:
-    """Image scores, segmentation, and the counts of pixel values where the batch has masks."""
+    model: IqeClip, trainable: Params, frozen: Params, batch: Batch, zero_shot: bool, layout: Layout
+) -> tuple[Float[Array, "3 batch"], Float[Array, "batch side side"], Int[Array, "2 bins"] | None]:
+    """Scores, labels and weights of the images, on all devices; their segmentations, split as the batch is; and the
+    counts of pixel values where the batch has masks.
+    """
     prediction = model.predict(model.head(trainable, frozen, batch.features()))
     scores = model.image_score(prediction, zero_shot=zero_shot)
     segmentation = prediction["segmentation"]
     counts = None if batch.masks is None else pixel_histogram(segmentation, batch.masks, batch.weight)
-    return scores, segmentation, counts
+    images = jnp.stack([scores, jnp.asarray(batch.labels), jnp.asarray(batch.weight)])
+    whole = jax.lax.with_sharding_constraint((images, counts), layout.replicated)
+    return whole[0], jax.lax.with_sharding_constraint(segmentation, layout.batch), whole[1]
 
 
 def evaluate(
@@ -42,9 +48,13 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     zero_shot: bool,
+    layout: Layout,
     keep_maps: Collection[int] = (),
+    check: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Score all images of `batches`, which come in order, padded at the end.
+    """Score all images of `batches`, which come in order, laid out, padded at the end; `check` is called before each.
+
+    Every process gets the whole result.
 
     Metrics: `image_auroc`, and where the set has masks `pixel_auroc` with `pixel_auroc_error`, the most that counting
     into bins can have moved it. Raises FloatingPointError when a score is not finite.
@@ -52,16 +62,19 @@ def evaluate(
     scores, labels, maps = [], [], {}
     histogram, first = None, 0
     for batch in batches:
-        batch_scores, segmentation, counts = evaluation_step(model, trainable, frozen, batch, zero_shot)
+        check()
+        with layout.active():
+            images, segmentation, counts = evaluation_step(model, trainable, frozen, batch, zero_shot, layout)
         if counts is not None:
             counts = np.asarray(counts, np.int64)
             histogram = counts if histogram is None else histogram + counts
-        real = np.asarray(batch.weight) > 0
-        for i in np.flatnonzero(real):
-            if first + i in keep_maps:
-                maps[first + int(i)] = np.asarray(segmentation[i])
-        scores.append(np.asarray(batch_scores)[real])
-        labels.append(np.asarray(batch.labels)[real])
+        batch_scores, batch_labels, weight = np.asarray(images)
+        real = weight > 0
+        if wanted := [int(i) for i in np.flatnonzero(real) if first + i in keep_maps]:
+            segmentation = layout.gather(segmentation)
+            maps |= {first + i: segmentation[i] for i in wanted}
+        scores.append(batch_scores[real])
+        labels.append(batch_labels[real])
         first += int(real.sum())
     all_scores, all_labels = np.concatenate(scores), np.concatenate(labels)
     if not np.isfinite(all_scores).all():

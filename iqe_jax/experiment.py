@@ -5,22 +5,25 @@ Everything that can be missing is looked for before the first image is read.
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
-from iqe_jax import features, report, training_data
+from iqe_jax import features, processes, report, training_data
 from iqe_jax.checkpoint import RunDirectory
-from iqe_jax.config import Config
+from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
 from iqe_jax.evaluator import evaluate
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.processes import Preemption
 from iqe_jax.progress import console, track
+from iqe_jax.sharding import Layout, make_layout
 from iqe_jax.trainer import Trainer
 from iqe_jax.weights import load_adapter, load_model
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with all its weights."""
+    """A model with all its weights, laid out."""
 
     model: IqeClip
     frozen: Params
@@ -29,14 +32,23 @@ class Trained:
 
 def run_training(config: Config) -> Trained:
     """Train the run of `config` to its end, or load it where that was reached before."""
-    run = RunDirectory(config)
-    training_data.render_phantoms(config)
-    plan = training_data.plan(config)
-    model, frozen = load_model(config.model)
-    trainer = Trainer(config, model, frozen, plan)
+    with Preemption() as preemption:
+        return _train(config, make_layout(config.mesh), preemption)
+
+
+def _train(config: Config, layout: Layout, preemption: Preemption) -> Trained:
+    _render(config)
+    with processes.together("start training"):
+        run = RunDirectory(config)
+        plan = training_data.plan(config)
+    if others := processes.same_everywhere(f"{plan.digest} {to_json(config)}".encode()):
+        raise ValueError(f"processes {others} have other settings or training images than process 0")
+    with processes.together("load the weights"):
+        model, frozen = load_model(config.model, layout)
+        trainer = Trainer(config, model, frozen, plan, layout, preemption)
     if run.finished_at == trainer.total:
         console.print(f"{run.path} is trained already, {trainer.total} steps")
-        return Trained(model, frozen, run.load(model))
+        return Trained(model, frozen, trainer.load_kept())
     protocol = "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}"
     console.print(
         f"Training {config.name} ({protocol}) on {len(plan.names)} images of {', '.join(plan.training)}, "
@@ -51,12 +63,20 @@ def run_evaluation(config: Config) -> dict[str, float]:
     Raises FileNotFoundError or ValueError, saying what to do, when data or weights are not there, or when a
     zero-shot run has not been trained.
     """
-    run = RunDirectory(config)
-    training_data.render_phantoms(config)
-    samples = load_split(config.data.root, config.data.dataset, "test")
+    with Preemption() as preemption:
+        return _evaluate(config, make_layout(config.mesh), preemption)
+
+
+def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[str, float]:
+    _render(config)
+    with processes.together("start evaluating"):
+        run = RunDirectory(config)
+        samples = load_split(config.data.root, config.data.dataset, "test")
     if config.model.adapter:
-        model, frozen = load_model(config.model)
-        trained = Trained(model, frozen, load_adapter(model, config.model.adapter))
+        with processes.together("load the weights"):
+            model, frozen = load_model(config.model, layout)
+            adapter = load_adapter(model, config.model.adapter)
+        trained = Trained(model, frozen, layout.put(adapter, jax.tree.map(lambda _: layout.replicated, adapter)))
         kept = {"rule": "given", "adapter": config.model.adapter}
     else:
         if run.finished_at is None and config.zero_shot:
@@ -66,22 +86,34 @@ def run_evaluation(config: Config) -> dict[str, float]:
             )
         if run.finished_at is None:
             console.print(f"No trained adapter in {run.path}: training it first")
-        trained = run_training(config)
-        kept = run.kept or {}
+        trained = _train(config, layout, preemption)
+        kept = RunDirectory(config).kept or {}
     shown = _shown(samples, config.eval.heatmaps)
     size = config.eval.batch_size
-    batches = features.stream(trained.model, trained.frozen, samples, size, config.data)
+    batches = features.stream(trained.model, trained.frozen, samples, size, config.data, layout)
     evaluation = evaluate(
         trained.model,
         trained.trainable,
         trained.frozen,
-        track(batches, f"Scoring {config.data.dataset}", total=-(-len(samples) // size)),
+        track(batches, f"Scoring {config.data.dataset}", total=-(-len(samples) // layout.padded(size))),
         zero_shot=config.zero_shot,
+        layout=layout,
         keep_maps=shown,
+        check=preemption.check,
     )
     run.claim()
-    report.write(config, run.path, samples, evaluation, kept)
+    with processes.together("write the results"):
+        if processes.is_main():
+            report.write(config, run.path, samples, evaluation, kept)
     return evaluation.metrics
+
+
+def _render(config: Config) -> None:
+    """Make the phantoms that are missing: process 0 first, the others where they do not see what it made."""
+    for turn in (True, False):
+        with processes.together("render the phantoms"):
+            if processes.is_main() == turn:
+                training_data.render_phantoms(config)
 
 
 def _shown(samples: list[Sample], count: int) -> list[int]:

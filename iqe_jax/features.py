@@ -1,15 +1,18 @@
 """Frozen features: the image tower's outputs, computed once and kept in memory or on disk.
 
 Few-shot keeps those of the augmented support images, zero-shot those of whole test splits; evaluation may keep them
-too or stream them. What is kept on disk is found again only by the digest of weights, preprocessing and files.
+too or stream them. What is kept on disk is found again only by the digest of weights, preprocessing and files, and lies
+in shards of a few images, each written whole by one process and read by all.
 """
 
+import contextlib
 import hashlib
-import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +20,39 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from iqe_jax import weights
+from iqe_jax import processes, weights
 from iqe_jax.cache import cache_dir
-from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config, DataConfig
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.pipeline import image_batches
-from iqe_jax.models.iqe_clip import Features, IqeClip, Params
+from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.progress import track
+from iqe_jax.sharding import Layout, reader_groups
 from iqe_jax.train_state import Batch
 
-SAVE_EVERY = 16  # batches between two notes of how far the features on disk have come
+SHARD = 64  # images in one folder on disk: what a stopped run has to compute again at most, per process
 
-run_tower = jax.jit(IqeClip.features, static_argnums=0)
+Check = Callable[[], object]  # called between two batches; may raise to stop
+Arrays = dict[str, np.ndarray]
+
+
+@partial(jax.jit, static_argnames=("model", "layout"))
+def run_tower(
+    model: IqeClip, frozen: Params, images: jax.Array, layout: Layout
+) -> tuple[Float[jax.Array, "batch level patch width"], Float[jax.Array, "batch dim"]]:
+    """Features of a batch of images, image first, split over the mesh as the batch is."""
+    features = model.features(frozen, images)
+    found = (jnp.moveaxis(features.patch_tokens, 0, 1), features.image_features)
+    return jax.lax.with_sharding_constraint(found, layout.batch)
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Kept features of n images. Arrays may be memory-mapped; `masks` (0 or 1) is None for sets that have none."""
+    """Kept features of n images. `masks` (0 or 1) is None for sets that have none."""
 
-    patch_tokens: Float[np.ndarray, "image level patch width"]
+    patch_tokens: "Float[np.ndarray, 'image level patch width'] | OnDisk"
     image_features: Float[np.ndarray, "image dim"]
-    masks: Int[np.ndarray, "image side side"] | None
+    masks: "Int[np.ndarray, 'image side side'] | OnDisk | None"
     labels: Float[np.ndarray, " image"]
 
     def __len__(self) -> int:
@@ -50,31 +64,78 @@ class FeatureSet:
         masks = None if self.masks is None else self.masks[indices].astype(np.float32)
         return Batch(self.patch_tokens[indices], self.image_features[indices], masks, self.labels[indices], weight)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All images in order; the last batch is padded with weight 0."""
-        for start in range(0, len(self), batch_size):
-            indices = np.arange(start, start + batch_size)
-            yield self.batch(np.minimum(indices, len(self) - 1), (indices < len(self)).astype(np.float32))
+    def batches(self, batch_size: int, layout: Layout) -> Iterator[Batch]:
+        """All images in order, laid out; the last batch is padded with weight 0."""
+        size = layout.padded(batch_size)
+        for start in range(0, len(self), size):
+            indices = start + layout.rows(size)
+            local = self.batch(np.minimum(indices, len(self) - 1), (indices < len(self)).astype(np.float32))
+            yield layout.place(local, size)
+
+
+class OnDisk:
+    """One array of features on disk, shard by shard; `array[indices]` reads the rows asked for."""
+
+    def __init__(self, shards: Sequence[Path], count: int, dtype: np.dtype):
+        """Map the files `shards`, which hold `count` rows of `dtype` in all."""
+        self._maps = [np.load(path, mmap_mode="r").view(dtype) for path in shards]
+        self.shape = (count, *self._maps[0].shape[1:])
+        self.dtype = dtype
+
+    def __getitem__(self, indices: Int[np.ndarray, " row"]) -> np.ndarray:
+        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        for row, index in zip(rows, indices, strict=True):
+            row[...] = self._maps[index // SHARD][index % SHARD]
+        return rows
 
 
 def stream(
-    model: IqeClip, frozen: Params, samples: Sequence[Sample], batch_size: int, data: DataConfig
+    model: IqeClip,
+    frozen: Params,
+    samples: Sequence[Sample],
+    batch_size: int,
+    data: DataConfig,
+    layout: Layout,
 ) -> Iterator[Batch]:
-    """Batches of images in order, their features computed on the way and not kept."""
+    """Laid-out batches of images in order, their features computed on the way and not kept.
+
+    Every process decodes only the rows that its devices hold.
+    """
+    size = layout.padded(batch_size)
+    starts = range(0, len(samples), size)
+    local = [_at(samples, start + row) for start in starts for row in layout.rows(size)]
     has_masks = any(sample.mask for sample in samples)
+    return _stream(model, frozen, local, size, has_masks, data, layout)
+
+
+def _at(samples: Sequence[Sample], index: int) -> Sample | None:
+    return samples[index] if index < len(samples) else None
+
+
+def _stream(
+    model: IqeClip,
+    frozen: Params,
+    local: Sequence[Sample | None],
+    size: int,
+    has_masks: bool,
+    data: DataConfig,
+    layout: Layout,
+) -> Iterator[Batch]:
+    """Batches of `size` from this process's rows of all of them, one batch after the other; None is padding."""
     batches = image_batches(
-        samples,
+        local,
         model.config.image_size,
-        batch_size,
+        len(layout.rows(size)),
         workers=data.workers,
         processes=data.processes,
         with_masks=has_masks,
     )
     for images in batches:
-        features = run_tower(model, frozen, images["image"])
+        with layout.active():
+            features = run_tower(model, frozen, layout.place(images["image"], size), layout)
         masks = images["mask"] if has_masks else None
-        patch_tokens = jnp.moveaxis(features.patch_tokens, 0, 1)
-        yield Batch(patch_tokens, features.image_features, masks, images["label"], images["weight"])
+        rest = layout.place((masks, images["label"], images["weight"]), size)
+        yield Batch(features[0], features[1], *rest)
 
 
 def of_arrays(
@@ -84,49 +145,127 @@ def of_arrays(
     masks: Float[np.ndarray, "image side side"] | None,
     labels: Float[np.ndarray, " image"],
     config: Config,
+    layout: Layout,
 ) -> FeatureSet:
-    """Features of images already in memory, kept in memory; masks are binarised at > 0.5."""
-    size, dtype = config.train.batch_size, _dtype(config)
-    features: list[Features] = []
+    """Features of images already in memory, kept in memory of every process; masks are binarised at > 0.5."""
+    size, dtype = layout.padded(config.train.batch_size), _dtype(config)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     for start in track(range(0, len(images), size), "Image tower"):
         batch = images[start : start + size]
         padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
-        out = run_tower(model, frozen, padded)
-        features.append(jax.tree.map(np.asarray, out))
-    patch_tokens = np.concatenate([f.patch_tokens.swapaxes(0, 1) for f in features])[: len(images)].astype(dtype)
-    image_features = np.concatenate([f.image_features for f in features])[: len(images)]
+        with layout.active():
+            out = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
+        found.append(layout.gather(out))
+    patch_tokens, image_features = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
     binary = None if masks is None else (masks > 0.5).astype(np.uint8)
-    return FeatureSet(patch_tokens, image_features, binary, labels.astype(np.float32))
+    return FeatureSet(patch_tokens.astype(dtype), image_features, binary, labels.astype(np.float32))
+
+
+def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> int:
+    """Bytes that the kept features and masks of `samples` take."""
+    settings = model.config
+    tokens = len(settings.levels) * model.grid**2 * model.clip.vision_width * _dtype(config).itemsize
+    masks = settings.image_size**2 if any(sample.mask for sample in samples) else 0
+    return len(samples) * (tokens + model.clip.embed_dim * 4 + masks)
 
 
 def of_samples(
-    model: IqeClip, frozen: Params, samples: Sequence[Sample], config: Config, *, title: str, budget: float
+    model: IqeClip,
+    frozen: Params,
+    samples: Sequence[Sample],
+    config: Config,
+    layout: Layout,
+    *,
+    title: str,
+    budget: float,
+    check: Check = lambda: None,
 ) -> FeatureSet:
     """Features of image files, in memory or on disk as `config.train.features` and `budget` (bytes left) say.
 
-    Raises OSError before any work when the disk has no room for them.
+    Raises OSError before any work when the disk has no room for them, and ValueError when a process does not see what
+    another has written.
     """
-    clip, size, dtype = model.clip, model.config.image_size, _dtype(config)
-    has_masks = any(sample.mask for sample in samples)
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-        "patch_tokens": ((len(samples), len(model.config.levels), model.grid**2, clip.vision_width), dtype),
-        "image_features": ((len(samples), clip.embed_dim), np.dtype(np.float32)),
-    }
-    if has_masks:
-        shapes["masks"] = ((len(samples), size, size), np.dtype(np.uint8))
-    needed = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values())
+    needed = size_in_bytes(model, samples, config)
     where = config.train.features
     if where == "auto":
         where = "memory" if needed <= budget else "disk"
-
     labels = np.array([sample.label for sample in samples], np.float32)
-    fill = partial(_fill, model, frozen, samples, config, title)
-    if where == "memory":
-        arrays = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        fill(arrays, 0, lambda done: None)
-    else:
-        arrays = _on_disk(_key(model, frozen, samples, config), shapes, needed, title, fill)
+    if where == "disk":
+        return _on_disk(model, frozen, samples, config, layout, needed, title, check, labels)
+
+    size = config.train.batch_size
+    batches = stream(model, frozen, samples, size, config.data, layout)
+    total = -(-len(samples) // layout.padded(size))
+    found = []
+    for batch in track(batches, f"Image tower, {title}", total=total):
+        check()
+        found.append(layout.gather(_arrays(batch, _dtype(config))))
+    arrays = {name: np.concatenate([part[name] for part in found])[: len(samples)] for name in found[0]}
     return FeatureSet(arrays["patch_tokens"], arrays["image_features"], arrays.get("masks"), labels)
+
+
+def _arrays(batch: Batch, dtype: np.dtype) -> dict[str, jax.Array]:
+    """What is kept of a batch."""
+    arrays = {"patch_tokens": jnp.asarray(batch.patch_tokens).astype(dtype)}
+    arrays["image_features"] = jnp.asarray(batch.image_features)
+    if batch.masks is not None:
+        arrays["masks"] = (jnp.asarray(batch.masks) > 0.5).astype(jnp.uint8)
+    return arrays
+
+
+def _on_disk(
+    model: IqeClip,
+    frozen: Params,
+    samples: Sequence[Sample],
+    config: Config,
+    layout: Layout,
+    needed: int,
+    title: str,
+    check: Check,
+    labels: np.ndarray,
+) -> FeatureSet:
+    """The features in the cache, with those shards computed first that are not there yet."""
+    key = _key(model, layout.gather(frozen["vision"]), samples, config)
+    if others := processes.same_everywhere(key.encode()):
+        raise ValueError(
+            f"processes {others} see other files of {title} than process 0, by path, size or time; put the data where "
+            "all processes share it, or use --train.features memory"
+        )
+    folder = cache_dir() / "features" / key
+    shards = [folder / f"{number:05d}" for number in range(-(-len(samples) // SHARD))]
+    # Each process looks for itself, as file systems show new files to others late; what one misses is made again.
+    there = processes.everywhere(np.array([shard.is_dir() for shard in shards]))
+    missing = [shard for shard, done in zip(shards, there, strict=True) if not done]
+    if missing:
+        with processes.together(f"keep the features of {title}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_room(folder, needed * len(missing) / len(shards), title)
+        _fill(model, frozen, samples, config, layout, missing, title, check)
+        processes.barrier("features")
+    with processes.together(f"read the features of {title}"):
+        if lost := [shard for shard in shards if not shard.is_dir()]:
+            raise ValueError(
+                f"{lost[0]} is not there, though another process wrote it: $IQE_JAX_CACHE must be a folder that all "
+                "processes share, or use --train.features memory"
+            )
+        types = {"patch_tokens": _dtype(config), "image_features": np.dtype(np.float32)}
+        if any(sample.mask for sample in samples):
+            types["masks"] = np.dtype(np.uint8)
+        found = {
+            name: OnDisk([shard / f"{name}.npy" for shard in shards], len(samples), dtype)
+            for name, dtype in types.items()
+        }
+    image_features = found["image_features"][np.arange(len(samples))]
+    return FeatureSet(found["patch_tokens"], image_features, found.get("masks"), labels)
+
+
+def _check_room(folder: Path, needed: float, title: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the features of {title} need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free; "
+            "make room, set $IQE_JAX_CACHE to another disk, or halve them with --train.feature-dtype bfloat16"
+        )
 
 
 def _fill(
@@ -134,72 +273,61 @@ def _fill(
     frozen: Params,
     samples: Sequence[Sample],
     config: Config,
+    layout: Layout,
+    missing: Sequence[Path],
     title: str,
-    arrays: dict[str, np.ndarray],
-    start: int,
-    save: Callable[[int], None],
+    check: Check,
 ) -> None:
-    """Write the features of `samples[start:]` into `arrays`, telling `save` now and then how many are done."""
-    size = config.train.batch_size
-    batches = stream(model, frozen, samples[start:], size, config.data)
-    total = -(-(len(samples) - start) // size)
-    for batch in track(batches, f"Image tower, {title}", total=total):
-        stop = min(start + size, len(samples))
-        count = stop - start
-        arrays["patch_tokens"][start:stop] = np.asarray(batch.patch_tokens)[:count]
-        arrays["image_features"][start:stop] = np.asarray(batch.image_features)[:count]
-        if "masks" in arrays and batch.masks is not None:
-            arrays["masks"][start:stop] = np.asarray(batch.masks)[:count] > 0.5
-        start = stop
-        if stop % (SAVE_EVERY * size) == 0 or stop == len(samples):
-            save(stop)
+    """Compute the shards `missing`, dealt out to the processes, which all take equally many steps."""
+    groups = reader_groups(layout)
+    own = next(i for i, group in enumerate(groups) if jax.process_index() in group)
+    writes = groups[own][0] == jax.process_index()
+    size = layout.padded(config.train.batch_size)
+    rows = len(layout.rows(size))
+
+    def images_of(shard: Path) -> Sequence[Sample]:
+        first = int(shard.name) * SHARD
+        return samples[first : first + SHARD]
+
+    dealt = [missing[i :: len(groups)] for i in range(len(groups))]
+    steps = max(-(-sum(len(images_of(shard)) for shard in shards) // rows) for shards in dealt)
+    local: list[Sample | None] = [sample for shard in dealt[own] for sample in images_of(shard)]
+    local += [None] * (steps * rows - len(local))
+    has_masks = any(sample.mask for sample in samples)
+
+    queue = list(dealt[own])
+    buffer: list[Arrays] = []
+    batches = _stream(model, frozen, local, size, has_masks, config.data, layout)
+    for batch in track(batches, f"Image tower, {title}", total=steps):
+        check()
+        buffer.append({name: layout.local(x) for name, x in _arrays(batch, _dtype(config)).items()})
+        while queue and sum(len(part["image_features"]) for part in buffer) >= (count := len(images_of(queue[0]))):
+            whole = {name: np.concatenate([part[name] for part in buffer]) for name in buffer[0]}
+            shard = queue.pop(0)
+            if writes:
+                _write(shard, {name: array[:count] for name, array in whole.items()})
+            buffer = [{name: array[count:] for name, array in whole.items()}]
 
 
-def _on_disk(
-    key: str,
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
-    needed: int,
-    title: str,
-    fill: Callable[[dict[str, np.ndarray], int, Callable[[int], None]], None],
-) -> dict[str, np.ndarray]:
-    """The arrays under `key` in the cache, filled from where an earlier call was stopped; memory-mapped, read-only."""
-    folder = cache_dir() / "features" / key
-    count = shapes["image_features"][0][0]
-    progress = folder / "done.json"
-    done = json.loads(progress.read_text())["images"] if progress.exists() else 0
-    if done < count:
-        folder.mkdir(parents=True, exist_ok=True)
-        present = sum(path.stat().st_size for path in folder.glob("*.npy"))
-        free = shutil.disk_usage(folder).free
-        if needed - present > free:
-            raise OSError(
-                f"the features of {title} need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free; "
-                "make room, set $IQE_JAX_CACHE to another disk, or halve them with --train.feature-dtype bfloat16"
-            )
-
-        def save(images: int) -> None:
-            for array in arrays.values():
-                array.flush()
-            write_whole(progress, json.dumps({"images": images}))
-
-        arrays = {}
-        for name, (shape, dtype) in shapes.items():
-            mode = "r+" if done else "w+"
-            stored = np.dtype(np.uint16) if dtype == ml_dtypes.bfloat16 else dtype
-            file = np.lib.format.open_memmap(folder / f"{name}.npy", mode, stored, shape)
-            arrays[name] = file.view(dtype) if stored != dtype else file
-        fill(arrays, done, save)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
-    return {name: array.view(shapes[name][1]) for name, array in arrays.items()}
+def _write(shard: Path, arrays: Arrays) -> None:
+    """Write one shard so that it is there whole or not at all."""
+    temporary = shard.with_name(f".{shard.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, array in arrays.items():
+        np.save(temporary / f"{name}.npy", array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
+    with contextlib.suppress(OSError):  # another run of the same settings was quicker
+        temporary.rename(shard)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _key(model: IqeClip, frozen: Params, samples: Sequence[Sample], config: Config) -> str:
+def _key(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Config) -> str:
     """Digest of all that the features depend on: weights, preprocessing, and the files by path, size and time."""
     settings = model.config
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(weights.digest(frozen["vision"]).encode())
+    hasher.update(weights.digest(vision).encode())
     preprocessing = (settings.image_size, settings.levels, settings.activation, settings.normalisation, settings.dtype)
-    hasher.update(repr((preprocessing, config.train.feature_dtype)).encode())
+    hasher.update(repr((preprocessing, config.train.feature_dtype, SHARD)).encode())
     for sample in samples:
         for path in (sample.image, sample.mask):
             if path is not None:

@@ -1,8 +1,8 @@
 """One optimiser step as a pure, jitted function of a state, the frozen text tower and a batch of kept features."""
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,15 @@ import numpy as np
 import optax
 from flax import struct
 from flax.core import meta
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from iqe_jax import losses
 from iqe_jax.config import TrainConfig
 from iqe_jax.models.iqe_clip import Features, IqeClip, Params
+from iqe_jax.models.layers import split
 from iqe_jax.models.start import start_from_clip
 from iqe_jax.optim import optimiser
+from iqe_jax.sharding import Layout
 
 AnyArray = jax.Array | np.ndarray  # made on the host, turned into the device's by the step
 
@@ -38,28 +40,51 @@ class Batch:
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes, and all that a checkpoint holds."""
+    """All that a step changes, and all that a checkpoint holds. `key` is the data of dropout's random key."""
 
     step: Int[Array, ""]
     trainable: dict[str, Any]
     opt_state: optax.OptState
+    key: UInt32[Array, " words"]
 
 
-_init = jax.jit(IqeClip.init, static_argnums=0)
+def _initial(model: IqeClip, rates: tuple[float, float], seed: jax.Array | int) -> TrainState:
+    """The state before the first step, with the boxes that say by which rule each array is split."""
+    root = jax.random.key(seed)
+    params = model.init(jax.random.fold_in(root, 0))
+    key = jax.random.key_data(jax.random.fold_in(root, 1))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimiser(*rates).init(params), key)
 
 
-def create(model: IqeClip, config: TrainConfig, frozen: Params, trainable: Params | None = None) -> TrainState:
-    """The state before the first step: parameters started as `model.config.start` says, or the given ones."""
-    if trainable is None:
-        key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        params = meta.unbox(_init(model, key))
-        if model.config.start == "clip":
-            params = start_from_clip(model, params, frozen)
-    else:
-        # Copied, as steps overwrite the state in place and the given arrays are not ours to overwrite.
-        params = jax.tree.map(jnp.array, dict(trainable))
+@cache
+def state_shardings(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
+    """Where each array of a TrainState lies. Raises ValueError as `Layout.shardings`."""
+    return layout.shardings(jax.eval_shape(partial(_initial, model, rates, 0)))
+
+
+@partial(jax.jit, static_argnames=("model", "rates", "layout"))
+def _create(model: IqeClip, rates: tuple[float, float], seed: jax.Array, frozen: Params, layout: Layout) -> TrainState:
+    state = meta.unbox(_initial(model, rates, seed))
+    if model.config.start == "clip":
+        state = state.replace(trainable=start_from_clip(model, state.trainable, frozen))
+    return jax.lax.with_sharding_constraint(state, state_shardings(model, rates, layout))
+
+
+def create(
+    model: IqeClip, config: TrainConfig, frozen: Params, layout: Layout, trainable: Params | None = None
+) -> TrainState:
+    """The state before the first step, laid out: parameters as `model.config.start` says, or the given ones.
+
+    What is drawn depends on `config.seed`, never on the mesh. Raises ValueError where the mesh does not fit the model.
+    """
     rates = (config.learning_rate, config.temperature_learning_rate)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimiser(*rates).init(params))
+    shardings = state_shardings(model, rates, layout)
+    needed = {} if model.config.start == "random" else frozen
+    with layout.active():
+        state = _create(model, rates, jnp.uint32(config.seed), needed, layout)
+    if trainable is not None:
+        state = state.replace(trainable=layout.put(trainable, shardings.trainable))
+    return state
 
 
 def objective(
@@ -69,49 +94,110 @@ def objective(
     batch: Batch,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    *,
+    count: Float[Array, ""] | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The total loss and its terms by name: `detection`, and `focal` and `dice` where the batch has masks."""
-    outputs = model.head(trainable, frozen, batch.features(), dropout=dropout, dropout_key=dropout_key)
-    scores = jnp.concatenate([outputs["scores_query"], outputs["scores_text"]])
+    """The total loss and its terms by name: `detection`, and `focal` and `dice` where the batch has masks.
+
+    `count` is the number of images to average over, where `batch` is a part of a larger one. With `remat` the way back
+    computes the head's and the maps' activations again, each when its turn comes, and the way forth holds none.
+    """
     labels, weight = jnp.asarray(batch.labels), jnp.asarray(batch.weight)
-    terms = {"detection": losses.detection(scores, labels, weight)}
+    count = weight.sum() if count is None else count
+
+    def head(trainable: Params) -> tuple[jax.Array, jax.Array]:
+        outputs = model.head(trainable, frozen, batch.features(), dropout=dropout, dropout_key=dropout_key)
+        scores = jnp.concatenate([outputs["scores_query"], outputs["scores_text"]])
+        return scores, jnp.concatenate([outputs["logits_query"], outputs["logits_text"]])
+
+    def pixel_terms(logits: jax.Array, masks: jax.Array) -> dict[str, jax.Array]:
+        maps = model.maps(logits)
+        return {
+            "focal": losses.focal(maps, masks, weight, count),
+            "dice": losses.dice(maps, masks, weight, count),
+        }
+
+    scores, logits = (jax.checkpoint(head) if remat else head)(trainable)
+    terms = {"detection": losses.detection(scores, labels, weight, count)}
     if batch.masks is not None:
-        maps = model.maps(jnp.concatenate([outputs["logits_query"], outputs["logits_text"]]))
-        masks = jnp.asarray(batch.masks)
-        terms["focal"] = losses.focal(maps, masks, weight)
-        terms["dice"] = losses.dice(maps, masks, weight)
+        terms |= (jax.checkpoint(pixel_terms) if remat else pixel_terms)(logits, jnp.asarray(batch.masks))
     return sum(terms.values(), jnp.float32(0)), terms
 
 
 def train_step(
-    state: TrainState, frozen: Mapping[str, Any], batch: Batch, *, model: IqeClip, config: TrainConfig, dropout: float
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    *,
+    model: IqeClip,
+    config: TrainConfig,
+    dropout: float,
+    layout: Layout,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One Adam step; `state` is given up to it.
 
     Returns the new state, and `loss`, its terms and `gradient_norm`, all before the update.
     """
+    with layout.active():
+        return step_program(state, frozen, batch, **step_settings(model, config, dropout, layout))
+
+
+def step_settings(model: IqeClip, config: TrainConfig, dropout: float, layout: Layout) -> dict[str, Any]:
+    """The static arguments of `step_program`: what shapes the program and no more, so seeds and lengths share one."""
     rates = (config.learning_rate, config.temperature_learning_rate)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return _step(state, frozen, batch, key, model=model, rates=rates, dropout=dropout)
+    how = {"rates": rates, "accumulate": config.accumulate, "remat": config.remat}
+    return {"model": model, "dropout": dropout, "layout": layout, **how}
 
 
-# Compiled for what shapes the program and no more: seeds and lengths of runs share one.
-@partial(jax.jit, static_argnames=("model", "rates", "dropout"), donate_argnames="state")
-def _step(
+@partial(
+    jax.jit, static_argnames=("model", "rates", "dropout", "accumulate", "remat", "layout"), donate_argnames="state"
+)
+def step_program(
     state: TrainState,
     frozen: Mapping[str, Any],
     batch: Batch,
-    key: jax.Array,
     *,
     model: IqeClip,
     rates: tuple[float, float],
     dropout: float,
+    accumulate: int,
+    remat: bool,
+    layout: Layout,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    dropout_key = jax.random.fold_in(key, state.step) if dropout > 0 else None
-    (loss, terms), gradients = jax.value_and_grad(objective, argnums=1, has_aux=True)(
-        model, state.trainable, frozen, batch, dropout, dropout_key
-    )
+    """The compiled step under `train_step`; to be called or lowered while `layout` is active."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    count = jnp.asarray(batch.weight).sum()
+    gradient = jax.value_and_grad(objective, argnums=1, has_aux=True)
+
+    def of_part(part: Batch, index: jax.Array | int):
+        dropout_key = jax.random.fold_in(key, index) if dropout > 0 else None
+        return gradient(model, state.trainable, frozen, part, dropout, dropout_key, count=count, remat=remat)
+
+    if accumulate == 1:
+        (loss, terms), gradients = of_part(batch, 0)
+    else:
+        parts = _parts(batch, accumulate)
+        result = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts), 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+
+        def add(total, numbered):
+            return jax.tree.map(jnp.add, total, of_part(*numbered)), None
+
+        ((loss, terms), gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
     updates, opt_state = optimiser(*rates).update(gradients, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = cast(dict[str, Any], optax.apply_updates(state.trainable, updates))
     metrics = {"loss": loss, **terms, "gradient_norm": optax.tree.norm(gradients)}
-    return TrainState(state.step + 1, trainable, opt_state), metrics  # pyright: ignore[reportArgumentType]
+    after = TrainState(state.step + 1, trainable, opt_state, state.key)
+    after = jax.lax.with_sharding_constraint(after, state_shardings(model, rates, layout))
+    return after, jax.lax.with_sharding_constraint(metrics, layout.replicated)
+
+
+def _parts(batch: Batch, count: int) -> Batch:
+    """The batch as `count` smaller ones, stacked. Neighbours go to different parts, so that no row changes device."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x).reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return split(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(rows, batch)

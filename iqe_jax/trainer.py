@@ -13,14 +13,16 @@ import grain
 import jax
 import numpy as np
 
-from iqe_jax import features, training_data
+from iqe_jax import features, processes, training_data
 from iqe_jax.checkpoint import Checkpoints, RunDirectory
 from iqe_jax.config import Config
 from iqe_jax.evaluator import evaluate
 from iqe_jax.features import FeatureSet
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.processes import Preempted, Preemption
 from iqe_jax.progress import Meter, console
-from iqe_jax.train_state import Batch, TrainState, create, train_step
+from iqe_jax.sharding import Layout
+from iqe_jax.train_state import Batch, TrainState, create, state_shardings, train_step
 from iqe_jax.weights import load_adapter
 
 
@@ -32,25 +34,31 @@ class Trainer:
     model: IqeClip
     frozen: Params
     plan: training_data.Plan
+    layout: Layout
+    preemption: Preemption
 
     def __post_init__(self) -> None:
         """Open the run directory; raises ValueError if a run with other settings is there."""
         self.run = RunDirectory(self.config)
         self.order = self.plan.order(self.config)
-        self.total = self.config.train.steps or self.config.train.epochs * self.order.steps_per_epoch
+        settings = self.config.train
+        self.total = settings.steps or settings.epochs * self.order.steps_per_epoch
+        rates = (settings.learning_rate, settings.temperature_learning_rate)
+        self._shardings = state_shardings(self.model, rates, self.layout).trainable
 
     def train(self) -> Params:
-        """Train to the end, from the latest checkpoint if there is one; returns the kept weights.
+        """Train to the end, from the latest checkpoint if there is one; returns the kept weights, laid out.
 
-        Raises FloatingPointError naming step and batch when a loss or gradient is not finite; the checkpoints
+        Raises Preempted, the state being saved, when told to stop, and FloatingPointError
+        naming step and batch when a loss or gradient is not finite; the checkpoints
         written until then stay.
         """
         start_from = self.config.model.adapter
         initial = load_adapter(self.model, start_from) if start_from else None
-        state = create(self.model, self.config.train, self.frozen, initial)
+        state = create(self.model, self.config.train, self.frozen, self.layout, initial)
         self.run.claim()
         with Checkpoints(self.run) as checkpoints:
-            state = checkpoints.restore(state)
+            state = checkpoints.restore(state, self.plan.digest)
             if int(state.step) > self.total:
                 raise ValueError(
                     f"{self.run.path} has come to step {int(state.step)} already, past the {self.total} asked for; "
@@ -59,12 +67,19 @@ class Trainer:
             if int(state.step) > 0:
                 console.print(f"Going on from step {int(state.step)} of {self.total} in {self.run.path}")
             if int(state.step) < self.total:
-                sets = training_data.load(self.config, self.plan, self.model, self.frozen)
+                check = self.preemption.check
+                sets = training_data.load(self.config, self.plan, self.model, self.frozen, self.layout, check)
                 state = self._loop(state, checkpoints, sets, self._selection_features())
         if self.config.train.keep == "last":
-            self.run.keep(state.trainable, rule="last", step=int(state.step))
+            self.run.keep(self.layout.gather(state.trainable), rule="last", step=int(state.step))
         self.run.finish(self.total, support=[] if self.config.zero_shot else self.plan.names)
-        return self.run.load(self.model)
+        return self.load_kept()
+
+    def load_kept(self) -> Params:
+        """The kept weights, laid out."""
+        with processes.together("load the trained weights"):
+            kept = self.run.load(self.model)
+        return self.layout.put(kept, self._shardings)
 
     def _selection_features(self) -> FeatureSet | None:
         """Features of the images that weights are chosen by; kept, as they are scored again and again."""
@@ -72,7 +87,16 @@ class Trainer:
         if not selection:
             return None
         budget = settings.feature_memory_gb * 1e9
-        return features.of_samples(self.model, self.frozen, selection, self.config, title=settings.keep, budget=budget)
+        return features.of_samples(
+            self.model,
+            self.frozen,
+            selection,
+            self.config,
+            self.layout,
+            title=settings.keep,
+            budget=budget,
+            check=self.preemption.check,
+        )
 
     def _loop(
         self, state: TrainState, checkpoints: Checkpoints, sets: list[FeatureSet], selection: FeatureSet | None
@@ -95,24 +119,33 @@ class Trainer:
 
             for step, batch in self._batches(sets, start):
                 dropout = settings.dropout if step // per_epoch < settings.dropout_epochs else 0.0
-                state, metrics = train_step(state, text, batch, model=self.model, config=settings, dropout=dropout)
+                state, metrics = train_step(
+                    state, text, batch, model=self.model, config=settings, dropout=dropout, layout=self.layout
+                )
                 settle()  # while this step runs, the one before it is written down
                 pending, epoch, last = (step + 1, metrics), (step + 1) / per_epoch, step + 1 == self.total
                 if selection is not None and (last or epoch % settings.eval_every == 0):
                     settle()
                     self._choose(state, selection, log)
                 # Last, so that whatever a checkpoint is resumed from has been chosen from and is known to be finite.
-                if last or epoch % settings.checkpoint_every == 0:
+                stop = self.preemption.reached()
+                if last or stop or epoch % settings.checkpoint_every == 0:
                     settle()
-                    checkpoints.save(state)
+                    checkpoints.save(state, self.plan.digest)
+                if stop and not last:
+                    raise Preempted(f"told to stop; step {step + 1} of {self.total} is saved")
             settle()
         return state
 
     def _batches(self, sets: list[FeatureSet], start: int) -> Iterator[tuple[int, Batch]]:
         """The steps from `start` on with their batches, gathered in threads ahead of their use."""
         steps = grain.MapDataset.range(start, self.total).map(int)
-        batches = steps.map(lambda step: (step, training_data.batch_at(sets, self.order, step)))
-        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        settings = self.config.train
+        size = self.layout.padded(settings.batch_size // settings.accumulate) * settings.accumulate
+        rows = self.layout.rows(size)
+        batches = steps.map(lambda step: (step, training_data.batch_at(sets, self.order, step, rows)))
+        local = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        return ((step, self.layout.place(batch, size)) for step, batch in local)
 
     def _describe(self, step: int) -> str:
         """The images that step `step` (from 0) trained on, in words."""
@@ -124,13 +157,16 @@ class Trainer:
 
     def _choose(self, state: TrainState, selection: FeatureSet, log: "_Log") -> None:
         """Keep the present weights if they beat the kept ones by image plus pixel AUROC."""
-        batches = selection.batches(self.config.eval.batch_size)
+        batches = selection.batches(self.config.eval.batch_size, self.layout)
         zero_shot = self.config.zero_shot
-        metrics = evaluate(self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot).metrics
+        metrics = evaluate(
+            self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot, layout=self.layout
+        ).metrics
         log.write_selection(int(state.step), self.config.train.keep, metrics)
         kept = self.run.kept
         if kept is None or _selection_score(metrics) > _selection_score(kept["metrics"]):
-            self.run.keep(state.trainable, rule=self.config.train.keep, step=int(state.step), metrics=metrics)
+            trainable = self.layout.gather(state.trainable)
+            self.run.keep(trainable, rule=self.config.train.keep, step=int(state.step), metrics=metrics)
 
 
 def _selection_score(metrics: dict[str, float]) -> float:
@@ -138,7 +174,7 @@ def _selection_score(metrics: dict[str, float]) -> float:
 
 
 class _Log:
-    """metrics.jsonl and TensorBoard. Opened at step `start`, it first drops what an interrupted run wrote past that."""
+    """metrics.jsonl and TensorBoard, of process 0. Opened at step `start`, it drops what was written past it."""
 
     def __init__(self, path: Path, start: int):
         self._file, self._start, self._path = path / "metrics.jsonl", start, path
@@ -147,6 +183,8 @@ class _Log:
     def __enter__(self) -> "_Log":
         from tensorboardX import SummaryWriter
 
+        if not processes.is_main():
+            return self
         kept = []
         if self._file.exists():
             lines = self._file.read_text().splitlines(keepends=True)
@@ -157,8 +195,9 @@ class _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        self._board.close()
+        if processes.is_main():
+            self._lines.close()
+            self._board.close()
 
     def write(self, step: int, epoch: int, losses: dict[str, float], where: Callable[[], str]) -> None:
         """One line for `step`, or FloatingPointError if its numbers are not finite."""
@@ -168,6 +207,8 @@ class _Log:
                 f"training stopped, the checkpoints in {self._path / 'checkpoints'} are from before. Look at these "
                 "images, or lower --train.learning-rate"
             )
+        if not processes.is_main():
+            return
         now = time.perf_counter()
         line = {"step": step, "epoch": epoch, **losses, "seconds": round(now - self._clock, 4)}
         self._clock = now
@@ -177,6 +218,8 @@ class _Log:
 
     def write_selection(self, step: int, rule: str, metrics: dict[str, float]) -> None:
         """One line of what the weights after `step` score on the images that `rule` chooses by."""
+        if not processes.is_main():
+            return
         self._lines.write(json.dumps({"step": step, rule: metrics}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(f"{rule}/{name}", value, step)

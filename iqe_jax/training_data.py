@@ -3,10 +3,12 @@
 Brings together samples (data/), frozen features (features.py) and the order of batches; the loop is in trainer.py.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 
 from iqe_jax import features
 from iqe_jax.config import Config
@@ -15,8 +17,9 @@ from iqe_jax.data.bmad import Sample, load_split
 from iqe_jax.data.pipeline import FewShotBatches, LeaveOneOutBatches, image_batches
 from iqe_jax.data.supports import draw_support, held_out, read_support
 from iqe_jax.data.transforms import AUGMENTATIONS, augment
-from iqe_jax.features import FeatureSet
+from iqe_jax.features import Check, FeatureSet
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
 
@@ -33,6 +36,12 @@ class Plan:
     def names(self) -> list[str]:
         """Names of all training images."""
         return [sample.name for samples in self.training.values() for sample in samples]
+
+    @property
+    def digest(self) -> str:
+        """A word for which images are trained on, set by set and in which order."""
+        listed = "\n".join(f"{name} {sample.name}" for name, samples in self.training.items() for sample in samples)
+        return hashlib.blake2b(listed.encode(), digest_size=8).hexdigest()
 
     def order(self, config: Config) -> FewShotBatches | LeaveOneOutBatches:
         """Which images each step sees, known from the step's number alone."""
@@ -92,29 +101,42 @@ def plan(config: Config) -> Plan:
     return Plan(training, selection)
 
 
-def load(config: Config, plan: Plan, model: IqeClip, frozen: Params) -> list[FeatureSet]:
+def load(
+    config: Config, plan: Plan, model: IqeClip, frozen: Params, layout: Layout, check: Check = lambda: None
+) -> list[FeatureSet]:
     """The features of `plan.training`, one set after the other in its order."""
     if not config.zero_shot:
         (support,) = plan.training.values()
-        return [_support_features(config, support, model, frozen)]
+        return [_support_features(config, support, model, frozen, layout)]
     sets, budget = [], config.train.feature_memory_gb * 1e9
     for name, samples in plan.training.items():
-        sets.append(features.of_samples(model, frozen, samples, config, title=name, budget=budget))
-        if not isinstance(sets[-1].patch_tokens, np.memmap):
-            budget -= sets[-1].patch_tokens.nbytes
+        kept = features.of_samples(model, frozen, samples, config, layout, title=name, budget=budget, check=check)
+        if isinstance(kept.patch_tokens, np.ndarray):
+            budget -= kept.patch_tokens.nbytes
+        sets.append(kept)
     return sets
 
 
-def _support_features(config: Config, support: Sequence[Sample], model: IqeClip, frozen: Params) -> FeatureSet:
+def _support_features(
+    config: Config, support: Sequence[Sample], model: IqeClip, frozen: Params, layout: Layout
+) -> FeatureSet:
     size = config.model.image_size
     has_masks = any(sample.mask for sample in support)
     (batch,) = image_batches(support, size, len(support), workers=0, with_masks=has_masks)
     images, masks = augment(batch["image"], batch["mask"])
     labels = np.tile(batch["label"], len(images) // len(support))
-    return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config)
+    return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config, layout)
 
 
-def batch_at(sets: Sequence[FeatureSet], order: FewShotBatches | LeaveOneOutBatches, step: int) -> Batch:
-    """The batch that optimiser step `step` (from 0) trains on."""
+def batch_at(
+    sets: Sequence[FeatureSet],
+    order: FewShotBatches | LeaveOneOutBatches,
+    step: int,
+    rows: Int[np.ndarray, " rows"] | None = None,
+) -> Batch:
+    """The batch that optimiser step `step` (from 0) trains on, or `rows` of it; rows past its end have weight 0."""
     chosen = order[step]
-    return sets[chosen.set_index].batch(chosen.indices, chosen.weight)
+    rows = np.arange(len(chosen.indices)) if rows is None else rows
+    there = rows < len(chosen.indices)
+    rows = np.where(there, rows, 0)
+    return sets[chosen.set_index].batch(chosen.indices[rows], chosen.weight[rows] * there.astype(np.float32))

@@ -16,10 +16,11 @@ from flax.core import meta
 from iqe_jax.config import ModelConfig
 from iqe_jax.models.clip import Templates
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.sharding import Layout
 
 
-def load_model(config: ModelConfig) -> tuple[IqeClip, Params]:
-    """The model of `config` and CLIP's frozen parameters on the default device.
+def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeClip, Params]:
+    """The model of `config` and CLIP's frozen parameters, laid out, or on the default device where no layout is given.
 
     Raises FileNotFoundError or ValueError, naming the file and what to do, when weights or tokenizer cannot be had
     or do not go with the config.
@@ -30,7 +31,14 @@ def load_model(config: ModelConfig) -> tuple[IqeClip, Params]:
     tokens = [clip.tokenizer(text) for text in config.templates]
     templates = Templates(tuple(tuple(ids[:-1]) for ids in tokens), tokens[0][-1])
     model = IqeClip(clip.config, config, templates)
-    return model, jax.tree.map(jnp.asarray, clip.params)
+    if layout is None:
+        return model, jax.tree.map(jnp.asarray, clip.params)
+    return model, layout.put(clip.params, frozen_shardings(model, layout))
+
+
+def frozen_shardings(model: IqeClip, layout: Layout) -> dict[str, Any]:
+    """Where each array of the frozen tree lies. Raises ValueError where the mesh does not fit the model."""
+    return layout.shardings(jax.eval_shape(model.init_frozen, jax.random.key(0)))
 
 
 def load_adapter(model: IqeClip, source: str | Path) -> Params:

@@ -23,7 +23,7 @@ _live: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # iterations that have 
 
 
 class ImageBatch(TypedDict):
-    """A batch of decoded samples. Entries past the last sample are zeros with weight 0 and index 0."""
+    """A batch of decoded samples. Entries without a sample are zeros with weight 0 and index 0."""
 
     image: Float32[np.ndarray, "batch size size 3"]  # 0 … 1
     mask: Float32[np.ndarray, "batch size size"]  # 0 … 1; zeros where there is none
@@ -41,7 +41,7 @@ class IndexBatch(NamedTuple):
 
 
 def image_batches(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample | None],
     image_size: int,
     batch_size: int,
     *,
@@ -53,7 +53,7 @@ def image_batches(
     """Decodes `samples` in their order into batches of one fixed shape; the last is padded.
 
     Args:
-      samples: what to read; with none there are no batches.
+      samples: what to read; with none there are no batches. A None among them is padding.
       image_size: side to which images and masks are resized.
       batch_size: samples in a batch.
       workers: batches decoded at a time, ahead of use; 0 decodes in the calling thread when a batch is asked for.
@@ -80,10 +80,10 @@ def image_batches(
 
 
 def _image_batches(
-    samples: Sequence[Sample], decode: "_Decode", batch_size: int, workers: int, start: int, processes: bool
+    samples: Sequence[Sample | None], decode: "_Decode", batch_size: int, workers: int, start: int, processes: bool
 ) -> Generator[ImageBatch]:
     # Grouped before it is decoded: Grain deals out whole elements to its workers, so an element has to be a batch.
-    rows = [(i, s.image, s.mask, s.label) for i, s in enumerate(samples)]
+    rows = [(i, s.image, s.mask, s.label) if s else None for i, s in enumerate(samples)]
     groups = [rows[i : i + batch_size] for i in range(start * batch_size, len(rows), batch_size)]
     if not groups:
         return
@@ -131,7 +131,7 @@ class _DecodeBatch(NamedTuple):
     decode: _Decode
     batch_size: int
 
-    def __call__(self, group: list[tuple[int, Path, Path | None, int]]) -> ImageBatch:
+    def __call__(self, group: list[tuple[int, Path, Path | None, int] | None]) -> ImageBatch:
         b, s = self.batch_size, self.decode.image_size
         batch = ImageBatch(
             image=np.zeros((b, s, s, 3), np.float32),
@@ -140,7 +140,10 @@ class _DecodeBatch(NamedTuple):
             weight=np.zeros(b, np.float32),
             index=np.zeros(b, np.int32),
         )
-        for slot, (index, image, mask, label) in enumerate(group):
+        for slot, row in enumerate(group):
+            if row is None:
+                continue
+            index, image, mask, label = row
             pixels, marks = self.decode(image, mask)
             batch["image"][slot] = pixels
             if marks is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from iqe_jax.models.layers import Block, LayerNorm, dense, parameter
+from iqe_jax.models.layers import Block, LayerNorm, dense, parameter, split
 
 # The statistics CLIP was trained with; the published IQE-CLIP numbers were made without them.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -72,12 +72,12 @@ class VisionTower(nn.Module):
             self, "position_embedding", nn.initializers.normal(0.02), (config.grid**2 + 1, width), (None, "embed")
         )
         x = jnp.concatenate([class_token, x], 1) + resize_positions(positions, grid).astype(self.dtype)
-        x = LayerNorm(dtype=self.dtype, name="ln_pre")(x)
+        x = split(LayerNorm(dtype=self.dtype, name="ln_pre")(x), "batch", None, None)
 
         taps = {}
         for i in range(config.vision_layers):
             block = Block(width, config.vision_heads, self.activation, self.dtype, name=f"block_{i}")
-            x, _ = block(x, jax.nn.dot_product_attention)
+            x = split(block(x, jax.nn.dot_product_attention)[0], "batch", None, None)
             taps[i + 1] = x[:, 1:]
         class_token = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
         features = dense(width, config.embed_dim, ("embed", None), name="proj", bias=False, dtype=self.dtype)
@@ -195,6 +195,7 @@ class TextTower(nn.Module):
                 prefix = prefix.at[:, 1 : 1 + slots].set(learnable[i].astype(self.dtype))
             prefix, key_value = block(prefix, partial(jax.nn.dot_product_attention, is_causal=True))
             x, _ = block(x, partial(_attend_to_prefix, prefix=key_value, visible=visible))
+            prefix, x = split(prefix, None, None, None), split(x, None, "batch", None, None)
         return x[:, :, -1].swapaxes(0, 1)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from iqe_jax.config import ModelConfig
 from iqe_jax.models.clip import ClipConfig, Templates, TextTower, VisionTower
 from iqe_jax.models.iqm import Iqm
-from iqe_jax.models.layers import l2_normalise, parameter
+from iqe_jax.models.layers import l2_normalise, parameter, split
 from iqe_jax.models.prompts import PromptTokens
 
 Params = Mapping[str, Any]
@@ -131,7 +131,7 @@ class IqeClip:
         return {
             "vision": self._vision().init(vision_key, images)["params"],
             "text": self._text().init(text_key, ids, jnp.ones(1, jnp.int32), method="encode")["params"],
-            "logit_scale": jnp.float32(INITIAL_TEMPERATURE),
+            "logit_scale": jnp.full((), INITIAL_TEMPERATURE, jnp.float32),
         }
 
     @_exact_products
@@ -162,6 +162,7 @@ class IqeClip:
         dense_features, prompts = _apply(
             adapter, trainable, features.patch_tokens, features.image_features, method="tokens"
         )
+        dense_features = split(dense_features, None, "batch", None, None)
 
         text = self._text()
         encoded = _apply(
@@ -169,6 +170,7 @@ class IqeClip:
         )
         normed = _apply(adapter, trainable, encoded, method="norm")
         text_embeddings = l2_normalise(_apply(text, frozen["text"], normed, method="project"))
+        text_embeddings = split(text_embeddings, "batch", None, None)
 
         query_features = _apply(
             adapter, trainable, prompts.query_tokens, dense_features, text_embeddings, method="queries", rngs=rngs
@@ -177,8 +179,9 @@ class IqeClip:
         # Two channels under a softmax are one difference under a sigmoid; only that difference is ever formed.
         query_axis = jnp.diff(l2_normalise(query_features), axis=-2)[..., 0, :]  # [level, batch, dim]
         text_axis = jnp.diff(text_embeddings, axis=-2)[..., 0, :]  # [batch, dim]
-        logits_query = jnp.einsum("kbld,kbd->kbl", patches, query_axis)
+        logits_query = split(jnp.einsum("kbld,kbd->kbl", patches, query_axis), None, "batch", None)
         logits_text = jnp.exp(trainable["prompt_temp"]) * jnp.einsum("kbld,bd->kbl", patches, text_axis)
+        logits_text = split(logits_text, None, "batch", None)
         return {
             "class_tokens": prompts.class_tokens,
             "query_tokens": prompts.query_tokens,
@@ -196,7 +199,7 @@ class IqeClip:
         """Anomalous channel in [0, 1] at S×S: bilinear upsampling with aligned corners, then the sigmoid."""
         grid, up = self.grid, upsampling_matrix(self.grid, self.config.image_size)
         logits = logits.reshape(*logits.shape[:-1], grid, grid)
-        return jax.nn.sigmoid(jnp.einsum("Yy,kbyx,Xx->kbYX", up, logits, up))
+        return jax.nn.sigmoid(split(jnp.einsum("Yy,kbyx,Xx->kbYX", up, logits, up), None, "batch", None, None))
 
     @_exact_products
     def predict(self, outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

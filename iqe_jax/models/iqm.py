@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from iqe_jax.models.layers import ACTIVATIONS, Einsum, LayerNorm, dense, parameter
+from iqe_jax.models.layers import ACTIVATIONS, Einsum, LayerNorm, dense, parameter, split
 
 BERT_EPS = 1e-12
 
@@ -117,7 +117,7 @@ class Iqm(nn.Module):
         x = _dropout(self, x, self.dropout)
         for i in range(self.layers):
             layer = IqmLayer(self.dim, self.heads, self.mlp_width, self.dropout, self.dtype, name=f"layer_{i}")
-            x = layer(x, dense_features, text_embeddings)
+            x = split(layer(x, dense_features, text_embeddings), None, "batch", None, None)
         return x
 
 

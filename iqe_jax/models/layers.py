@@ -11,6 +11,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import spmd
 from jaxtyping import Array, Float
 
 Initializer = Callable[..., jax.Array]
@@ -29,6 +30,11 @@ def parameter(
 ) -> jax.Array:
     """A float32 parameter of `module`, each of its axes named for the sharding rules or None."""
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
+
+
+def split(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, with its axes named for the sharding rules; the same `x` where no mesh is active."""
+    return spmd.with_logical_constraint(x, axes)
 
 
 class Einsum(nn.Module):

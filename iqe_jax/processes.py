@@ -1,0 +1,144 @@
+"""The processes of a run: how they find each other, agree on errors, and stop together when the machine is taken away.
+
+One process needs none of it and pays nothing. Where arrays lie is the business of sharding.py.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from iqe_jax.progress import console
+
+MESSAGE = 2000  # bytes of an error that the other processes get to see
+
+
+class Preempted(Exception):
+    """The machine is being taken away (SIGTERM, or a notice of preemption); what can be saved has been."""
+
+
+def start(
+    distributed: bool,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    timeout: int = 300,
+) -> None:
+    """Join the other processes; to be called before jax looks for devices.
+
+    On SLURM, Open MPI and Cloud TPU all but `distributed` is found out by itself. Raises ValueError when it is not, or
+    when the others do not come within `timeout` seconds.
+    """
+    if not distributed:
+        return
+    # The method's own collectives go over gloo on CPUs, which ends them when a peer has died.
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=min(timeout, 100),
+            shutdown_timeout_seconds=min(timeout, 60),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"process {'?' if index is None else index} on {socket.gethostname()} could not join the others at "
+            f"{coordinator or 'a coordinator that was to be found out'}: {str(error).strip().splitlines()[0]}. Start "
+            "all at once; by hand give each --distributed --coordinator HOST:PORT --processes N --process-id I"
+        ) from error
+    if not is_main():
+        console.quiet = True
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes files that are not sharded."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Work that every process does by itself: where one fails, all raise, saying which process failed and why.
+
+    Raises ValueError with all messages; with one process the error passes through as it is.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        failure = error
+    said = np.zeros(MESSAGE, np.uint8)
+    if failure is not None:
+        text = f"on {socket.gethostname()}: {failure}".encode()[:MESSAGE]
+        said[: len(text)] = np.frombuffer(text, np.uint8)
+    messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in _allgather(said)]
+    if failed := [f"process {i} {message}" for i, message in enumerate(messages) if message]:
+        raise ValueError(f"could not {what}:\n  " + "\n  ".join(failed)) from failure
+
+
+def same_everywhere(value: bytes) -> list[int]:
+    """The processes whose `value` differs from process 0's, compared by content."""
+    import hashlib
+
+    digests = _allgather(np.frombuffer(hashlib.blake2b(value, digest_size=16).digest(), np.uint8))
+    return [i for i, digest in enumerate(digests) if (digest != digests[0]).any()]
+
+
+def everywhere(flags: np.ndarray) -> np.ndarray:
+    """Elementwise, whether a flag is set on every process."""
+    return np.asarray(_allgather(flags).all(0))
+
+
+def _allgather(x: np.ndarray) -> np.ndarray:
+    """`x` of every process, stacked."""
+    if jax.process_count() == 1:
+        return x[None]
+    return np.asarray(multihost_utils.process_allgather(x[None], tiled=True))
+
+
+class Preemption:
+    """Listens for SIGTERM while it is entered; `reached` tells at a common point whether any process has heard it."""
+
+    _calls = 0  # of this program, as jax's service wants numbers that only rise
+
+    def __init__(self) -> None:
+        self._heard = False
+
+    def __enter__(self) -> "Preemption":
+        # jax's own service listens where there are several processes, and makes them agree on where to stop.
+        self._before = None if jax.process_count() > 1 else signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True
+
+    def reached(self) -> bool:
+        """Whether to save and stop now. All processes have to ask equally often."""
+        Preemption._calls += 1
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(Preemption._calls))
+        return self._heard
+
+    def check(self) -> None:
+        """Raise Preempted if it is time to stop."""
+        if self.reached():
+            raise Preempted(f"told to stop (SIGTERM), process {os.getpid()}")

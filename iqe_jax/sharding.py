@@ -1,0 +1,183 @@
+"""The mesh and what lies on it: one `Layout` says where every parameter, batch and result is, on one device or a pod.
+
+Parameters carry logical axis names (models/layers.py), the table of the config maps those to mesh axes. Who the other
+processes are and whether they are well is the business of processes.py.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+from flax.linen import spmd
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from iqe_jax.config import MeshConfig
+
+T = TypeVar("T")
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh with axes data, fsdp and tensor, and the rules that lay logical axes over it. Hashable.
+
+    Every array of a batch is split along its first axis by the rule for `batch`. A process makes only the rows that its
+    own devices hold (`rows`), and `place` turns them into arrays of the whole batch.
+    """
+
+    mesh: Mesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Trace and run under this mesh and these rules; programs compiled here are keyed by the Layout they get."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
+            yield
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @cached_property
+    def batch(self) -> NamedSharding:
+        """Split along the first axis by the rule for `batch`."""
+        axes = dict(self.rules)["batch"]
+        return NamedSharding(self.mesh, PartitionSpec(axes or None))
+
+    @cached_property
+    def batch_shards(self) -> int:
+        """Into how many parts a batch is split."""
+        return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)["batch"])
+
+    def padded(self, batch_size: int) -> int:
+        """The smallest batch from `batch_size` images up that splits evenly; what is added has weight 0."""
+        return -(-batch_size // self.batch_shards) * self.batch_shards
+
+    def rows(self, batch_size: int) -> Int[np.ndarray, " rows"]:
+        """The rows, in order, of a batch of `batch_size` that devices of this process hold."""
+        held = self.batch.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(batch_size)[index or slice(None)] for index in held]))
+
+    def place(self, local: T, batch_size: int) -> T:
+        """Arrays of whole batches from a tree of host arrays with this process's `rows` of them."""
+        rows = self.rows(batch_size)
+
+        def array(x: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(batch_size)
+                first = int(np.searchsorted(rows, start))
+                return x[first : first + stop - start]
+
+            return jax.make_array_from_callback((batch_size, *x.shape[1:]), self.batch, part)
+
+        return jax.tree.map(array, local)
+
+    def local(self, x: jax.Array) -> np.ndarray:
+        """The rows of a batch that this process holds, in order, on the host: what `place` was given."""
+        parts = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    def gather(self, tree: T) -> T:
+        """A tree of arrays, whole, as NumPy arrays on every process. All processes have to call it."""
+        leaves, structure = jax.tree.flatten(tree)
+        spread = [i for i, x in enumerate(leaves) if not (x.is_fully_addressable or x.is_fully_replicated)]
+        if spread:
+            whole = jax.jit(lambda xs: xs, out_shardings=self.replicated)([leaves[i] for i in spread])
+            for i, x in zip(spread, whole, strict=True):
+                leaves[i] = x
+        return jax.tree.unflatten(structure, [np.asarray(x) for x in leaves])
+
+    def shardings(self, boxed: Any) -> Any:
+        """Where each array of a tree lies by the rules, for boxed arrays or shapes as `IqeClip.init` makes them.
+
+        Raises ValueError listing all whose size does not divide by the devices that a rule splits it over.
+        """
+        problems: list[str] = []
+
+        def split(path: Any, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+            for size, axes in zip(shape, spec, strict=False):
+                names = (axes,) if isinstance(axes, str) else axes or ()
+                parts = math.prod(self.mesh.shape[name] for name in names)
+                if size % parts:
+                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    problems.append(f"{name}: {size} does not divide by {parts} ({' × '.join(names)})")
+            return NamedSharding(self.mesh, spec)
+
+        def sharding(path: Any, x: Any) -> Any:
+            if not isinstance(x, meta.AxisMetadata):
+                return self.replicated
+            spec = spmd.logical_to_mesh_axes(x.names, self.rules) or PartitionSpec()  # pyright: ignore
+            # A map over the box, as optax leaves some of them empty.
+            return jax.tree.map(lambda leaf: split(path, spec, leaf.shape), meta.unbox(x))
+
+        found = jax.tree.map_with_path(sharding, boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
+        if problems:
+            raise ValueError(
+                "the mesh does not fit the model; use fewer devices on these axes (--mesh.…) or leave the logical axis "
+                "whole (--mesh.rules.…):\n  " + "\n  ".join(problems)
+            )
+        return found
+
+    def put(self, tree: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
+        """Host arrays, the same on every process, laid out as `shardings` say."""
+
+        def array(x: Any, sharding: NamedSharding) -> jax.Array:
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(array, dict(tree), shardings)
+
+
+def make_layout(config: MeshConfig, devices: Any = None) -> Layout:
+    """The Layout of `config` on all devices of all processes, or on the given ones.
+
+    Raises ValueError when the axes do not multiply to the number of devices, or when processes would hold parts of a
+    batch that overlap without being the same.
+    """
+    chosen = list(jax.devices() if devices is None else devices)
+    rest = config.fsdp * config.tensor
+    data = len(chosen) // rest if config.data == -1 else config.data
+    if data * rest != len(chosen):
+        raise ValueError(
+            f"mesh.data {config.data}, mesh.fsdp {config.fsdp} and mesh.tensor {config.tensor} do not make the "
+            f"{len(chosen)} devices that are here"
+        )
+    mesh = jax.make_mesh((data, config.fsdp, config.tensor), AXES, (AxisType.Auto,) * len(AXES), devices=chosen)
+    rules = tuple((name, tuple(axes)) for name, axes in vars(config.rules).items())
+    for name, axes in rules:
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"mesh.rules.{name} is {axes}; it names an axis twice")
+    layout = Layout(mesh, rules)
+    reader_groups(layout)
+    return layout
+
+
+def reader_groups(layout: Layout) -> list[list[int]]:
+    """Processes by the part of a batch they hold; those of a group hold the same, and groups hold equal parts.
+
+    More than one process in a group means that the tensor axis runs across processes. Raises ValueError for a mesh on
+    which parts overlap or differ in size, since each would be read by nobody knows whom.
+    """
+    size = layout.batch_shards
+    held: dict[int, set[int]] = {}
+    for device, index in layout.batch.devices_indices_map((size,)).items():
+        held.setdefault(device.process_index, set()).update(np.arange(size)[index or slice(None)].tolist())
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for process, rows in sorted(held.items()):
+        groups.setdefault(tuple(sorted(rows)), []).append(process)
+    if sum(map(len, groups)) != size or len({len(rows) for rows in groups}) != 1:
+        raise ValueError(
+            f"on a mesh of {dict(layout.mesh.shape)} processes would hold overlapping parts of a batch; choose "
+            "mesh.tensor so that it divides, or is a multiple of, the devices of one process"
+        )
+    return list(groups.values())
