@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from iqe_jax.cache import cache_dir
 from iqe_jax.config import Config, check, load, names
 
 PREEMPTED = 75  # exit status of a run that was told to stop and saved itself: EX_TEMPFAIL, "try again"
@@ -73,8 +74,13 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
 def started(launch: Launch, program: str) -> Iterator[None]:
     """Join the other processes, then turn what goes wrong into one line: see `user_errors`."""
     with user_errors(program):
+        import jax
+
         from iqe_jax import processes
 
+        # The first start of a recipe compiles for many seconds; every later one, a resumed one too, finds it done.
+        if jax.config.jax_compilation_cache_dir is None:  # else the user has chosen one
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
         processes.start(
             launch.distributed, launch.coordinator, launch.processes, launch.process_id, timeout=launch.timeout
         )

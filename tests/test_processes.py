@@ -1,0 +1,232 @@
+"""train.py and evaluate.py as separate processes: two that share the work, killed ones, told to stop, missing ones."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# The phantoms' recipe at a size at which starting up is all that takes time; 88 images, 6 steps an epoch.
+SMALL = ["--config", "phantom_fewshot", "--model.iqm-layers", "1", "--model.image-size", "48", "--train.epochs", "4"]
+SMALL += ["--train.checkpoint-every", "1", "--eval.batch-size", "32"]
+
+
+def start(script, run_dir, *more, devices=1, process=None, port=0, of=2):
+    """One process, its output in a file beside the run directory."""
+    line = [sys.executable, str(ROOT / script), *SMALL, "--run-dir", str(run_dir), *more]
+    if process is not None:
+        line += ["--distributed", "--coordinator", f"localhost:{port}", "--processes", str(of)]
+        line += ["--process-id", str(process)]
+    log = run_dir.with_name(f"{run_dir.name}.{script}.{process or 0}.log")
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    with log.open("w") as file:
+        return subprocess.Popen(line, cwd=run_dir.parent, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def log_of(run_dir, script="train.py", process=0):
+    return run_dir.with_name(f"{run_dir.name}.{script}.{process}.log").read_text()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def pair(script, run_dir, *more, devices=4):
+    port = free_port()
+    return [start(script, run_dir, *more, devices=devices, process=i, port=port) for i in (0, 1)]
+
+
+def finish(*processes, seconds=300):
+    codes = [process.wait(seconds) for process in processes]
+    return codes[0] if len(codes) == 1 else codes
+
+
+def lines(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def losses(run_dir):
+    logged = [json.loads(line) for line in lines(run_dir)]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in logged]
+
+
+def far(one, other):
+    """The largest difference between two logs of losses."""
+    assert [line["step"] for line in one] == [line["step"] for line in other]
+    return max(
+        abs(a[n] - b[n]) for a, b in zip(one, other, strict=True) for n in ("loss", "detection", "focal", "dice")
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run on one device, evaluated."""
+    run_dir = tmp_path_factory.mktemp("processes") / "whole"
+    assert finish(start("evaluate.py", run_dir)) == 0, log_of(run_dir, "evaluate.py")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, whole):
+    """The same run on two processes with four devices each, trained, then evaluated."""
+    run_dir = tmp_path_factory.mktemp("processes") / "shared"
+    assert finish(*pair("train.py", run_dir)) == [0, 0], log_of(run_dir) + log_of(run_dir, process=1)
+    assert finish(*pair("evaluate.py", run_dir)) == [0, 0], log_of(run_dir, "evaluate.py")
+    return run_dir
+
+
+def test_two_processes_of_four_devices_equal_one_device(whole, shared):
+    assert far(losses(shared), losses(whole)) < 1e-5
+    one, other = (json.loads((run / "metrics.json").read_text())["metrics"] for run in (whole, shared))
+    for name in ("image_auroc", "pixel_auroc"):
+        assert one[name] == pytest.approx(other[name], abs=1e-4)
+
+
+def test_only_process_0_speaks_and_writes(shared):
+    assert "image AUROC" in log_of(shared, "evaluate.py")
+    said = [line for line in log_of(shared, "evaluate.py", process=1).splitlines() if "[Gloo]" not in line]
+    assert said == []
+    assert len(list((shared / "tensorboard").iterdir())) == 1
+
+
+def test_zero_shot_features_on_disk_are_shared_by_processes(whole, tmp_path):
+    more = ["--data.shots", "0", "--data.sources", "liver", "chest", "--train.steps", "6"]
+    assert finish(start("train.py", tmp_path / "one", *more)) == 0, log_of(tmp_path / "one")
+    disk = [*more, "--train.features", "disk"]
+    assert finish(*pair("train.py", tmp_path / "two", *disk, devices=2)) == [0, 0], log_of(tmp_path / "two")
+    assert far(losses(tmp_path / "two"), losses(tmp_path / "one")) < 1e-5
+
+
+# ---------------------------------------------------------------------------- killed
+
+
+def wait_for(moment, process, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not moment() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+def moments(run_dir):
+    """Ten moments of a run: any time of its start, after any of its steps, and inside the writing of a checkpoint."""
+    draw = random.Random(0)
+    checkpoints = run_dir / "checkpoints"
+
+    def writing():
+        return any("tmp" in path.name for path in checkpoints.glob("*"))
+
+    def written(count):
+        return lambda: len(lines(run_dir)) >= count
+
+    def after(seconds):
+        end = time.monotonic() + seconds
+        return lambda: time.monotonic() > end
+
+    yield from (after(draw.uniform(0.5, 8)) for _ in range(3))
+    for step in sorted(draw.sample(range(1, 23), 4)):
+        yield written(step)
+        if step > 5:
+            yield writing
+    yield writing
+
+
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(whole, tmp_path):
+    run_dir, kills = tmp_path / "killed", 0
+    for moment in moments(run_dir):
+        process = start("train.py", run_dir)
+        wait_for(moment, process)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 8
+    assert finish(start("evaluate.py", run_dir)) == 0, log_of(run_dir, "evaluate.py")
+    assert losses(run_dir) == losses(whole)
+    for file in ("adapter.safetensors", "metrics.json", "scores.csv", "kept.json"):
+        assert (run_dir / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_two_processes_killed_go_on_bit_for_bit(shared, tmp_path):
+    run_dir = tmp_path / "killed"
+    for step in (3, 14):
+        processes = pair("train.py", run_dir)
+        wait_for(lambda: len(lines(run_dir)) >= step, processes[0])  # noqa: B023
+        for process in processes:
+            process.kill()
+        finish(*processes)
+    assert 14 <= len(lines(run_dir)) < 24
+    assert finish(*pair("train.py", run_dir)) == [0, 0], log_of(run_dir)
+    assert losses(run_dir) == losses(shared)
+    assert (run_dir / "adapter.safetensors").read_bytes() == (shared / "adapter.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------------------- told to stop
+
+
+def test_sigterm_saves_the_step_and_says_so_by_its_exit_status(whole, tmp_path):
+    run_dir = tmp_path / "told"
+    process = start("train.py", run_dir)
+    wait_for(lambda: len(lines(run_dir)) >= 8, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == 75
+    stopped = len(lines(run_dir))
+    assert 8 <= stopped < 24
+    assert (run_dir / "checkpoints" / str(stopped)).is_dir()
+    assert f"step {stopped} of 24 is saved" in log_of(run_dir)
+    assert finish(start("train.py", run_dir)) == 0
+    assert f"Going on from step {stopped}" in log_of(run_dir)
+    assert losses(run_dir) == losses(whole)
+
+
+def test_sigterm_to_one_process_stops_all_and_another_mesh_goes_on(whole, tmp_path):
+    run_dir = tmp_path / "told"
+    processes = pair("train.py", run_dir)
+    wait_for(lambda: len(lines(run_dir)) >= 4, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(*processes) == [75, 75], log_of(run_dir) + log_of(run_dir, process=1)
+    stopped = len(lines(run_dir))
+    assert 4 <= stopped < 24
+    # One process, eight devices, parameters split: another mesh and another number of processes.
+    assert finish(start("train.py", run_dir, "--mesh.fsdp", "2", "--mesh.tensor", "2", devices=8)) == 0
+    assert f"Going on from step {stopped}" in log_of(run_dir)
+    assert far(losses(run_dir), losses(whole)) < 1e-5
+
+
+# ---------------------------------------------------------------------------- missing and dying
+
+
+def test_a_missing_process_is_an_error_in_bounded_time(tmp_path):
+    began = time.monotonic()
+    process = start("train.py", tmp_path / "run", "--timeout", "5", process=1, port=free_port())
+    assert finish(process, seconds=90) != 0
+    assert time.monotonic() - began < 90
+    assert "could not join the others" in log_of(tmp_path / "run", process=1) or "DEADLINE" in log_of(
+        tmp_path / "run", process=1
+    )
+
+
+def test_a_dying_process_ends_the_others_in_bounded_time(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    processes = pair("train.py", run_dir, "--timeout", "20")
+    wait_for(lambda: len(lines(run_dir)) >= 3, processes[0])
+    processes[1].kill()
+    assert finish(*processes, seconds=120)[0] != 0
+
+
+def test_what_one_process_lacks_is_said_by_all(whole, tmp_path):
+    run_dir, port = tmp_path / "run", free_port()
+    first = start("train.py", run_dir, process=0, port=port)
+    second = start("train.py", run_dir, "--model.clip", "nowhere.pt", process=1, port=port)
+    assert finish(first, second) == [1, 1]
+    for process in (0, 1):
+        said = log_of(run_dir, process=process)
+        assert "have other settings" in said or "process 1 on" in said
+    assert not run_dir.exists()

@@ -1,0 +1,88 @@
+"""Meshes of 8 fake devices against one device, and where every array lies."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from iqe_jax.config import MeshConfig, RuleConfig
+from iqe_jax.sharding import make_layout
+
+TESTS = Path(__file__).parent
+MESHES = ["data", "fsdp", "tensor", "mixed"]
+# Compiling is all the time this takes; what is compiled does not have to be fast.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What tests/meshes.py found."""
+    path = tmp_path_factory.mktemp("meshes") / "found.json"
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": QUICK, "PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "meshes.py"), str(path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_loss_gradients_and_five_steps_equal_one_device(found, mesh):
+    assert found[mesh]["loss"] < 1e-5
+    assert found[mesh]["gradients"] < 1e-5  # in parts of the largest gradient
+    assert found[mesh]["steps"] < 1e-5
+
+
+@pytest.mark.parametrize("case", ["padded", "accumulated", "remat", "accumulated on a mesh"])
+def test_padding_accumulation_and_rematerialisation_change_no_loss(found, case):
+    assert found[case]["steps"] < 1e-5
+
+
+def without_single(split, mesh):
+    """A golden split as XLA names it on a mesh that has only one device on some axes."""
+    kept = [[name for name in axes.split(" × ") if mesh.get(name, 1) > 1] or ["-"] for axes in split.split(" | ")]
+    while kept and kept[-1] == ["-"]:
+        kept.pop()
+    return " | ".join(" × ".join(names) for names in kept)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_array_lies_where_the_golden_says(found, mesh):
+    golden = json.loads((TESTS / "shardings.json").read_text())
+    golden = {name: without_single(split, found[mesh]["mesh"]) for name, split in golden.items()}
+    places = found[mesh]["places"]
+    own = {n: s for n, s in places.items() if not n.startswith("opt_state") and "block_1" not in n}
+    assert own == golden
+    for name, split in places.items():
+        if "block_1" in name:
+            assert split == places[name.replace("block_1", "block_0")]
+        for moment in ("mu", "nu"):
+            if f"inner_state/0/{moment}/" in name:
+                assert split == places["trainable/" + name.split(f"/{moment}/")[1]]
+
+
+def test_one_device_is_a_mesh_too():
+    layout = make_layout(MeshConfig())
+    assert dict(layout.mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert layout.padded(13) == 13
+    np.testing.assert_array_equal(layout.rows(5), np.arange(5))
+    x = np.random.default_rng(0).random((5, 3))
+    np.testing.assert_array_equal(layout.local(layout.place(x, 5)), x.astype(np.float32))
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ValueError, match="do not make the 1 devices"):
+        make_layout(MeshConfig(data=2))
+    with pytest.raises(ValueError, match=r"mesh\.rules\.embed is .* twice"):
+        make_layout(MeshConfig(rules=RuleConfig(embed=("fsdp", "fsdp"))))
+
+
+def test_a_mesh_that_does_not_fit_the_model_names_every_parameter(found):
+    assert "dense/kernel: 6 does not divide by 4 (tensor)" in found["misfit"]
+    assert "--mesh.rules" in found["misfit"]
+    assert len(jax.devices()) == 1  # as every other test has it
