@@ -79,7 +79,7 @@ def started(launch: Launch, program: str) -> Iterator[None]:
         from iqe_jax import processes
 
         # The first start of a recipe compiles for many seconds; every later one, a resumed one too, finds it done.
-        if jax.config.jax_compilation_cache_dir is None:  # else the user has chosen one
+        if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # else the user has chosen one
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
         processes.start(
             launch.distributed, launch.coordinator, launch.processes, launch.process_id, timeout=launch.timeout

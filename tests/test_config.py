@@ -13,7 +13,7 @@ REAL = {
 
 
 def parse(*arguments):
-    return cli.parse(arguments, program="train.py", description="Train.")
+    return cli.parse(arguments, program="train.py", description="Train.")[1]
 
 
 def test_there_is_a_recipe_for_every_set_and_protocol():

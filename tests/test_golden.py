@@ -10,6 +10,7 @@ from convert.adapter import load_adapter, save_adapter
 from iqe_jax import config, train_state
 from iqe_jax.data.transforms import augment
 from iqe_jax.evaluator import evaluate
+from iqe_jax.sharding import make_layout
 from tests.conftest import GOLDEN
 from tests.parity import golden
 
@@ -126,12 +127,14 @@ def test_the_parameters_alone_are_in_the_goldens():
 
 def test_training_run(golden_model):
     model, frozen, trainable = golden_model
-    settings = config.TrainConfig()
-    state = train_state.create(model, settings, frozen, trainable)
+    settings, layout = config.TrainConfig(), make_layout(config.MeshConfig())
+    state = train_state.create(model, settings, frozen, layout, trainable)
     losses = []
     for i in range(8):
         batch = golden_batch(model, frozen, f"step{i}", masks=i % 3 != 2)
-        state, found = train_state.train_step(state, frozen, batch, model=model, config=settings, dropout=0.0)
+        state, found = train_state.train_step(
+            state, frozen, batch, model=model, config=settings, dropout=0.0, layout=layout
+        )
         losses.append(float(found["loss"]))
     np.testing.assert_allclose(losses, GOLDEN["train/losses"], rtol=0, atol=2e-5)
     prediction = model.predict(model.head(state.trainable, frozen, golden_batch(model, frozen).features()))
@@ -143,7 +146,8 @@ def test_training_run(golden_model):
 def test_evaluation(golden_model, kind):
     model, frozen, trainable = golden_model
     batches = [golden_batch(model, frozen, f"eval{i}") for i in range(3)]
-    found = evaluate(model, trainable, frozen, batches, zero_shot=kind == "zero", keep_maps=range(12))
+    settings = {"zero_shot": kind == "zero", "keep_maps": range(12), "layout": make_layout(config.MeshConfig())}
+    found = evaluate(model, trainable, frozen, batches, **settings)
     maps = np.stack([found.maps[i] for i in range(12)])
     np.testing.assert_allclose(scaled(maps), GOLDEN["eval/segmentation"], atol=3e-4)
     np.testing.assert_allclose(scaled(found.scores), GOLDEN[f"eval/score_{kind}"], atol=3e-4)

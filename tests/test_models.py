@@ -10,11 +10,12 @@ import torch
 from flax.core import meta
 
 from iqe_jax import train_state
-from iqe_jax.config import ModelConfig, TrainConfig
+from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
 from iqe_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipConfig, PatchEmbedding, Templates, TextTower, resize_positions
 from iqe_jax.models.iqe_clip import IqeClip, blur_matrix, upsampling_matrix
 from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention
 from iqe_jax.models.layers import ACTIVATIONS, LayerNorm
+from iqe_jax.sharding import make_layout
 
 CLIP = ClipConfig(
     image_size=24,
@@ -325,7 +326,7 @@ def test_a_start_from_clip_is_clips_own_comparison(weights, pixels):
     frozen = jax.tree.map(lambda x: x, weights[1])
     frozen["vision"]["ln_post"]["bias"] = jnp.zeros(64)  # the start leaves it out
     m = model(learnable_tokens=0, prompt_len=1, start="clip")
-    trainable = train_state.create(m, TrainConfig(), frozen).trainable
+    trainable = train_state.create(m, TrainConfig(), frozen, make_layout(MeshConfig())).trainable
     features = m.features(frozen, pixels)
     found = m.head(trainable, frozen, features)
     tower, rows = TextTower(CLIP), []
