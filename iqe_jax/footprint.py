@@ -171,7 +171,7 @@ def _compile(name: str, lowered: Any, parts: Mapping[str, int], layout: Layout, 
     )
 
 
-_LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = ([^\"]*?) ({'|'.join(KINDS)})(-start)?\((.*)$", re.MULTILINE)
+_LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = ([^\"\n]*?) ({'|'.join(KINDS)})(-start)?\((.*)$", re.MULTILINE)
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 
 
