@@ -128,7 +128,7 @@ def predict(model: IqeClip, config: Config, topologies: Sequence[str], per_chip:
             single = alone[kind]
         mesh = {axis: int(n) for axis, n in layout.mesh.shape.items()}
         for found, one in zip(programs, single, strict=True):
-            yield _row(found, one, chip, chips, mesh, PASSES[config.model.dtype])
+            yield predicted_row(found, one, chip, chips, mesh, PASSES[config.model.dtype])
 
 
 def _compiled(model: IqeClip, config: Config, layout: Layout, per_chip: int, name: str) -> list[list[Footprint]]:
@@ -142,9 +142,11 @@ def _compiled(model: IqeClip, config: Config, layout: Layout, per_chip: int, nam
     return [[train], list(evaluation)]
 
 
-def _row(
+def predicted_row(
     found: list[Footprint], one: list[Footprint], chip: Chip, chips: int, mesh: dict[str, int], passes: int
 ) -> Row:
+    """What the programs `found` take on a chip at one size; `one` are those of a single chip, which exchanges nothing."""
+
     def compute(programs: list[Footprint], *, memory: bool = True) -> float:
         flops = [f.flops * passes / chip.flops for f in programs]
         return sum(map(max, flops, [f.accessed / chip.bandwidth if memory else 0.0 for f in programs]))
@@ -155,7 +157,7 @@ def _row(
 
     def efficiency(*, memory: bool) -> float:
         rate = batch / (compute(found, memory=memory) + exchange) / devices
-        return rate / (one[0].batch_size / compute(one, memory=memory))
+        return rate / (one[0].batch_size / compute(one, memory=memory) / one[0].devices)
 
     kinds: dict[str, tuple[int, int]] = {}
     for footprint in found:
@@ -267,7 +269,7 @@ def write(rows: Sequence[Row], title: str, notes: Sequence[str], about: Mapping[
     table = Table(*cells[0], title=title, caption="\n".join(notes), caption_justify="left")
     for row in cells:
         table.add_row(*row.values())
-    Console().print(table)
+    Console(width=None if console.is_terminal else 200).print(table)  # a log is as wide as need be
     out.mkdir(parents=True, exist_ok=True)
     content = {"title": title, **about, "notes": list(notes), "rows": [asdict(row) for row in rows]}
     (out / "scaling.json").write_text(json.dumps(content, indent=2) + "\n")

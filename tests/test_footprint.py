@@ -10,9 +10,18 @@ import jax
 import pytest
 from rich.console import Console
 
-from iqe_jax.chips import seconds_to_exchange
+from iqe_jax.chips import Chip, seconds_to_exchange
 from iqe_jax.config import ModelConfig, load
-from iqe_jax.footprint import Collective, collectives, evaluation_footprints, footprint_table, in_bytes, train_footprint
+from iqe_jax.footprint import (
+    Collective,
+    Footprint,
+    collectives,
+    evaluation_footprints,
+    footprint_table,
+    in_bytes,
+    train_footprint,
+)
+from iqe_jax.scaling import predicted_row
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import describe
 
@@ -52,6 +61,17 @@ def test_time_of_an_exchange():
     assert seconds("all-reduce", 4) == pytest.approx(12)
     assert seconds("all-gather", 4) == seconds("reduce-scatter", 4) == pytest.approx(6)
     assert seconds("all-reduce", 1) == 0
+
+
+def test_prediction_is_compute_plus_exchange():
+    chip = Chip("v5e", flops=100.0, memory=1000.0, bandwidth=10.0, links=100.0, source="")
+    exchange = (Collective("all-reduce", 800, 4, (), ""),)
+    parts = {"frozen": 10, "trainable": 10, "batch": 5}
+    # 6 passes × 100 FLOPs take 6 s, memory 4 s, the exchange 12 s.
+    found = [Footprint("train step", 4, 64, parts, 20, 8, 8, 7, 0, 0, 100.0, 40.0, exchange, 1.0)]
+    row = predicted_row(found, found, chip, 4, {"data": 4}, passes=6)
+    assert (row.compute, row.communication, row.memory) == (6, 12, 32)
+    assert row.efficiency == pytest.approx(6 / 18) and row.images_per_second == pytest.approx(64 / 18)
 
 
 def test_sizes_are_readable():
