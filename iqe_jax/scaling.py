@@ -145,7 +145,7 @@ def _compiled(model: IqeClip, config: Config, layout: Layout, per_chip: int, nam
 def predicted_row(
     found: list[Footprint], one: list[Footprint], chip: Chip, chips: int, mesh: dict[str, int], passes: int
 ) -> Row:
-    """What the programs `found` take on a chip at one size; `one` are those of a single chip, which exchanges nothing."""
+    """What the programs `found` take on each chip; `one` are those of a single chip, which exchanges nothing."""
 
     def compute(programs: list[Footprint], *, memory: bool = True) -> float:
         flops = [f.flops * passes / chip.flops for f in programs]
@@ -293,7 +293,7 @@ def _plot(rows: Sequence[Row], title: str, path: Path) -> None:
     sizes = sorted({1, *(row.chips for row in rows)})
     axes.set_xticks(sizes, [str(n) for n in sizes])
     axes.minorticks_off()
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, wrap=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -335,7 +335,7 @@ def _notes(config: Config) -> list[str]:
         f"compute is the larger of {work} and bytes accessed ÷ HBM bandwidth; the compiler counts all bytes that "
         "operations touch, near memory too, so this is likely too long and the efficiency too good",
         "communication is ring traffic ÷ link bandwidth, none of it behind the compute, without latency and input",
-        "the column “if memory were free” lets only FLOPs take time on the chip: a lower bound of the efficiency",
+        "the column “if memory were free” lets only FLOPs take time on the chip, the other extreme",
     ]
 
 
