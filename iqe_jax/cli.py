@@ -4,13 +4,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from iqe_jax.cache import cache_dir
 from iqe_jax.config import Config, check, load, names
+
+T = TypeVar("T")
 
 PREEMPTED = 75  # exit status of a run that was told to stop and saved itself: EX_TEMPFAIL, "try again"
 
@@ -33,31 +35,38 @@ class Launch:
     """Look for all that is needed, compile, print the bytes per device, and stop."""
 
 
-@dataclass(frozen=True)
-class _CommandLine:
-    launch: Annotated[Launch, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
-    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
-
-
 def parse(argv: Sequence[str], *, program: str, description: str) -> tuple[Launch, Config]:
     """Read a command line such as `--config brain_fewshot --train.steps 100` into a checked Config.
 
     Exits with one message on an unknown recipe, field or value; `--help` explains every field.
     """
+    return parse_with(Launch(), argv, program=program, description=description)
+
+
+def parse_with(options: T, argv: Sequence[str], *, program: str, description: str) -> tuple[T, Config]:
+    """As `parse`, with the flags of another dataclass than Launch; `options` holds their defaults."""
     name, rest = _take_config(list(argv))
     description += f"\n\n--config NAME picks a recipe and is required. NAME is one of: {', '.join(names())}."
     if name is None and not {"-h", "--help"} & set(argv):
         raise SystemExit(f"{program}: --config NAME is required, one of: {', '.join(names())}")
     with user_errors(program):
+        command_line = _command_line(type(options))
         line = tyro.cli(
-            _CommandLine,
+            command_line,
             args=rest,
-            default=_CommandLine(Launch(), Config() if name is None else load(name)),
+            default=command_line(options, Config() if name is None else load(name)),
             prog=program,
             description=description,
         )
         check(line.config)
-    return line.launch, line.config
+    return line.options, line.config
+
+
+def _command_line(options: type) -> Any:
+    """The dataclass whose fields are the flags of `options` and the overrides of Config."""
+    own = Annotated[options, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
+    config = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    return make_dataclass("_CommandLine", [("options", own), ("config", config, field(default_factory=Config))])
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:

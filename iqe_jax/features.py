@@ -163,10 +163,14 @@ def of_arrays(
 
 def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> int:
     """Bytes that the kept features and masks of `samples` take."""
+    return len(samples) * kept_bytes(model, config, masks=any(sample.mask for sample in samples))
+
+
+def kept_bytes(model: IqeClip, config: Config, *, masks: bool) -> int:
+    """Bytes that are kept of one image, of a set with masks or without."""
     settings = model.config
     tokens = len(settings.levels) * model.grid**2 * model.clip.vision_width * _dtype(config).itemsize
-    masks = settings.image_size**2 if any(sample.mask for sample in samples) else 0
-    return len(samples) * (tokens + model.clip.embed_dim * 4 + masks)
+    return tokens + model.clip.embed_dim * 4 + (settings.image_size**2 if masks else 0)
 
 
 def of_samples(

@@ -56,10 +56,15 @@ def _initial(model: IqeClip, rates: tuple[float, float], seed: jax.Array | int) 
     return TrainState(jnp.zeros((), jnp.int32), params, optimiser(*rates).init(params), key)
 
 
+def state_shapes(model: IqeClip, rates: tuple[float, float]) -> TrainState:
+    """The shapes of a TrainState, in boxes that say by which rule each array is split; nothing is drawn."""
+    return jax.eval_shape(partial(_initial, model, rates, 0))
+
+
 @cache
 def state_shardings(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
     """Where each array of a TrainState lies. Raises ValueError as `Layout.shardings`."""
-    return layout.shardings(jax.eval_shape(partial(_initial, model, rates, 0)))
+    return layout.shardings(state_shapes(model, rates))
 
 
 @partial(jax.jit, static_argnames=("model", "rates", "layout"))

@@ -4,7 +4,7 @@ The one module that imports `convert`; everything else takes parameter trees.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,24 @@ import numpy as np
 from flax.core import meta
 
 from iqe_jax.config import ModelConfig
-from iqe_jax.models.clip import Templates
+from iqe_jax.models.clip import ClipConfig, Templates
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.sharding import Layout
+
+# The published model's CLIP, of which every size is known without its weights.
+PUBLISHED = "openai/clip-vit-large-patch14-336"
+_PUBLISHED_SIZES = ClipConfig(
+    image_size=336,
+    patch_size=14,
+    vision_width=1024,
+    vision_layers=24,
+    vision_heads=16,
+    embed_dim=768,
+    text_layers=12,
+    text_heads=12,
+    context_length=77,
+    vocab_size=49408,
+)
 
 
 def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeClip, Params]:
@@ -28,12 +43,31 @@ def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeCl
     from convert.clip import load_clip
 
     clip = load_clip(config.clip, config.tokenizer)
-    tokens = [clip.tokenizer(text) for text in config.templates]
-    templates = Templates(tuple(tuple(ids[:-1]) for ids in tokens), tokens[0][-1])
-    model = IqeClip(clip.config, config, templates)
+    model = IqeClip(clip.config, config, _templates(clip.tokenizer, config))
     if layout is None:
         return model, jax.tree.map(jnp.asarray, clip.params)
     return model, layout.put(clip.params, frozen_shardings(model, layout))
+
+
+def describe(config: ModelConfig) -> IqeClip:
+    """The model of `config` without its weights where it is the published one, which then need not be there.
+
+    Any other is read from its folder or file; raises as `load_model`.
+    """
+    from convert.clip import load_clip
+    from convert.clip_tokenizer import ClipTokenizer
+
+    if config.clip != PUBLISHED or Path(config.clip).exists():
+        clip = load_clip(config.clip, config.tokenizer)
+        return IqeClip(clip.config, config, _templates(clip.tokenizer, config))
+    sizes = _PUBLISHED_SIZES
+    tokenizer = ClipTokenizer(config.tokenizer, sizes.vocab_size, sizes.context_length)
+    return IqeClip(sizes, config, _templates(tokenizer, config))
+
+
+def _templates(tokenizer: Callable[[str], list[int]], config: ModelConfig) -> Templates:
+    tokens = [tokenizer(text) for text in config.templates]
+    return Templates(tuple(tuple(ids[:-1]) for ids in tokens), tokens[0][-1])
 
 
 def frozen_shardings(model: IqeClip, layout: Layout) -> dict[str, Any]:

@@ -23,6 +23,9 @@ LAYERS = [
     ["iqe_jax.train_state"],
     ["iqe_jax.features", "iqe_jax.checkpoint", "iqe_jax.evaluator"],
     ["iqe_jax.training_data", "iqe_jax.detector", "iqe_jax.report"],
+    ["iqe_jax.footprint"],
+    ["iqe_jax.chips"],
+    ["iqe_jax.scaling"],
     ["iqe_jax.trainer"],
     ["iqe_jax.experiment"],
 ]
