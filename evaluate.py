@@ -12,9 +12,9 @@ def main(argv: list[str]) -> None:
     """Evaluate the run that `argv` describes."""
     launch, config = cli.parse(argv, program="evaluate.py", description=DESCRIPTION)
     with cli.started(launch, "evaluate.py"):
-        from iqe_jax.experiment import run_evaluation
+        from iqe_jax.experiment import dry_run, run_evaluation
 
-        run_evaluation(config)
+        (dry_run if launch.dry_run else run_evaluation)(config)
 
 
 if __name__ == "__main__":

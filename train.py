@@ -12,9 +12,9 @@ def main(argv: list[str]) -> None:
     """Train the run that `argv` describes."""
     launch, config = cli.parse(argv, program="train.py", description=DESCRIPTION)
     with cli.started(launch, "train.py"):
-        from iqe_jax.experiment import run_training
+        from iqe_jax.experiment import dry_run, run_training
 
-        run_training(config)
+        (dry_run if launch.dry_run else run_training)(config)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,21 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from iqe_jax import features, processes, report, training_data
 from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.transforms import AUGMENTATIONS
 from iqe_jax.evaluator import evaluate
+from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.processes import Preemption
 from iqe_jax.progress import console, track
 from iqe_jax.sharding import Layout, make_layout
 from iqe_jax.trainer import Trainer
-from iqe_jax.weights import load_adapter, load_model
+from iqe_jax.weights import describe, load_adapter, load_model
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,33 @@ def _train(config: Config, layout: Layout, preemption: Preemption) -> Trained:
         f"{trainer.total} steps, in {run.path}"
     )
     return Trained(model, frozen, trainer.train())
+
+
+def dry_run(config: Config) -> None:
+    """Look for the images of a run, compile its programs, and print what they need on each device; nothing is run.
+
+    Weights are not loaded where their sizes are known. Raises as `run_training` does for what is missing, and
+    ValueError where the mesh does not fit the model.
+    """
+    _render(config)
+    layout = make_layout(config.mesh)
+    with processes.together("find what training needs"):
+        RunDirectory(config)
+        plan = training_data.plan(config)
+        model = describe(config.model)
+    console.print("Compiling, which for a full-size model takes minutes")
+    programs = [train_footprint(model, config, layout), *evaluation_footprints(model, config, layout)]
+    if config.zero_shot:
+        sizes = [features.size_in_bytes(model, samples, config) for samples in plan.training.values()]
+        held = config.train.features == "memory" or sum(sizes) <= config.train.feature_memory_gb * 1e9
+        where = "in the memory of each process" if held else "on disk, as far as --train.feature-memory-gb is passed"
+    else:
+        samples = [sample for own in plan.training.values() for sample in own]
+        sizes = [features.size_in_bytes(model, samples * AUGMENTATIONS, config)]
+        where = "in the memory of each process"
+    if processes.is_main():
+        title = f"{config.name} on {layout.mesh.size} devices, {dict(layout.mesh.shape)}"
+        Console().print(footprint_table(title, programs, features=(where, sum(sizes))))
 
 
 def run_evaluation(config: Config) -> dict[str, float]:

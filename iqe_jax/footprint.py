@@ -224,7 +224,7 @@ def footprint_table(
     `has` are the bytes of memory of one device, where they are known.
     """
     table = Table(title=title)
-    table.add_column("per device")
+    table.add_column("per device", no_wrap=True)
     for footprint in footprints:
         table.add_column(f"{footprint.name}, {footprint.batch_size} images", justify="right")
     rows = {

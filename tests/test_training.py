@@ -400,6 +400,18 @@ def test_train_then_evaluate(few_shot, tmp_path):
     assert (tmp_path / "adapter.safetensors").read_bytes() == before
 
 
+def test_a_dry_run_prints_bytes_and_leaves_nothing(few_shot, tmp_path, capsys):
+    train_script.main(arguments(few_shot, tmp_path / "run", "--dry-run"))
+    shown = " ".join(capsys.readouterr().out.split())
+    for word in ("frozen parameters", "trainable parameters", "optimiser", "activations", "Kept features"):
+        assert word in shown
+    # 88 augmented images of 2 levels, 25 patches, width 128; an embedding of 64; and a mask
+    assert f"{88 * (2 * 25 * 128 * 4 + 64 * 4 + 40 * 40) / 1e6:.1f} MB" in shown
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="no data folder at nowhere"):
+        train_script.main(arguments(few_shot, tmp_path / "run", "--dry-run", "--data.root", "nowhere"))
+
+
 def test_an_official_checkpoint_is_scored_without_training(few_shot, golden_files, golden_settings, tmp_path):
     recipe = dataclasses.replace(few_shot, model=dataclasses.replace(few_shot.model, **golden_settings))
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, adapter=str(golden_files[1])))
