@@ -6,6 +6,7 @@ One process needs none of it and pays nothing. Where arrays lie is the business 
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -33,11 +34,16 @@ def start(
     """Join the other processes; to be called before jax looks for devices.
 
     On SLURM, Open MPI and Cloud TPU all but `distributed` is found out by itself. Raises ValueError when it is not, or
-    when the others do not come within `timeout` seconds.
+    when process 0 cannot be reached within `timeout` seconds; process 0 is ended by jax, naming who is missing.
     """
     if not distributed:
         return
-    # The method's own collectives go over gloo on CPUs, which ends them when a peer has died.
+    # jax ends a process that waits in vain with a trace of its own, so what it waits for is said, or tried, before.
+    if not index:
+        where = f" at {coordinator}" if coordinator else ""
+        console.print(f"Waiting up to {timeout} s for {count or 'all'} processes{where}")
+    elif coordinator is not None:
+        _reach(coordinator, index, timeout)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -55,6 +61,25 @@ def start(
         ) from error
     if not is_main():
         console.quiet = True
+
+
+def _reach(coordinator: str, index: int, timeout: int) -> None:
+    """Wait until process 0 listens at `coordinator`. Raises ValueError when it does not within `timeout` seconds."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator is {coordinator}; expected HOST:PORT")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"process {index} on {socket.gethostname()} did not find process 0 at {coordinator} within "
+                    f"{timeout} s ({error}); start all processes at once, and give each the same --coordinator"
+                ) from error
+        time.sleep(0.2)
 
 
 def is_main() -> bool:
