@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from iqe_jax.data.phantoms import CLIP_DIR
+
 ROOT = Path(__file__).parents[1]
 # The phantoms' recipe at a size at which starting up is all that takes time; 88 images, 6 steps an epoch.
 SMALL = ["--config", "phantom_fewshot", "--model.iqm-layers", "1", "--model.image-size", "48", "--train.epochs", "4"]
 SMALL += ["--train.checkpoint-every", "1", "--eval.batch-size", "32"]
 
 
-def start(script, run_dir, *more, devices=1, process=None, port=0, of=2):
+def start(script, run_dir, *more, devices=1, process=None, port=0, of=2, folder=None):
     """One process, its output in a file beside the run directory."""
     line = [sys.executable, str(ROOT / script), *SMALL, "--run-dir", str(run_dir), *more]
     if process is not None:
@@ -28,7 +30,9 @@ def start(script, run_dir, *more, devices=1, process=None, port=0, of=2):
     log = run_dir.with_name(f"{run_dir.name}.{script}.{process or 0}.log")
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     with log.open("w") as file:
-        return subprocess.Popen(line, cwd=run_dir.parent, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            line, cwd=folder or run_dir.parent, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
 def log_of(run_dir, script="train.py", process=0):
@@ -131,12 +135,10 @@ def moments(run_dir):
         end = time.monotonic() + seconds
         return lambda: time.monotonic() > end
 
-    yield from (after(draw.uniform(0.5, 8)) for _ in range(3))
-    for step in sorted(draw.sample(range(1, 23), 4)):
+    yield from (after(draw.uniform(0.5, 4)) for _ in range(3))
+    for step in sorted(draw.sample(range(1, 23), 5)):
         yield written(step)
-        if step > 5:
-            yield writing
-    yield writing
+        yield writing
 
 
 def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(whole, tmp_path):
@@ -147,7 +149,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(whole, tmp_path):
         kills += process.poll() is None
         process.kill()
         process.wait()
-    assert kills >= 8
+    assert kills >= 10
     assert finish(start("evaluate.py", run_dir)) == 0, log_of(run_dir, "evaluate.py")
     assert losses(run_dir) == losses(whole)
     for file in ("adapter.safetensors", "metrics.json", "scores.csv", "kept.json"):
@@ -223,10 +225,27 @@ def test_a_dying_process_ends_the_others_in_bounded_time(whole, tmp_path):
 
 def test_what_one_process_lacks_is_said_by_all(whole, tmp_path):
     run_dir, port = tmp_path / "run", free_port()
-    first = start("train.py", run_dir, process=0, port=port)
-    second = start("train.py", run_dir, "--model.clip", "nowhere.pt", process=1, port=port)
+    # The same command in two folders, of which one has the weights.
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "with" / "clip").symlink_to(CLIP_DIR)
+    line = {"process": 0, "port": port, "folder": tmp_path / "with"}
+    first = start("train.py", run_dir, "--model.clip", "./clip", **line)
+    second = start(
+        "train.py", run_dir, "--model.clip", "./clip", **{**line, "process": 1, "folder": tmp_path / "without"}
+    )
     assert finish(first, second) == [1, 1]
     for process in (0, 1):
-        said = log_of(run_dir, process=process)
-        assert "have other settings" in said or "process 1 on" in said
+        assert re.search(r"could not load the weights:\s+process 1 on .*clip", log_of(run_dir, process=process))
+    assert not run_dir.exists()
+
+
+def test_processes_with_other_settings_say_so(whole, tmp_path):
+    run_dir, port = tmp_path / "run", free_port()
+    first = start("train.py", run_dir, process=0, port=port)
+    second = start("train.py", run_dir, "--train.seed", "1", process=1, port=port)
+    assert finish(first, second) == [1, 1]
+    for process in (0, 1):
+        said = " ".join(log_of(run_dir, process=process).split())
+        assert "processes [1] have other settings or training images than process 0" in said
     assert not run_dir.exists()
