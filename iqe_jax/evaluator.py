@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from iqe_jax.metrics import auroc_from_histogram, image_auroc, pixel_histogram
+from iqe_jax.metrics import image_auroc
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.pixel_metrics import auroc_from_histogram, pixel_histogram
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 

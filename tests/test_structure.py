@@ -16,7 +16,7 @@ LAYERS = [
     ["iqe_jax.cache", "iqe_jax.config", "iqe_jax.progress"],
     ["iqe_jax.models"],
     ["iqe_jax.data"],
-    ["iqe_jax.losses", "iqe_jax.metrics", "iqe_jax.optim"],
+    ["iqe_jax.losses", "iqe_jax.metrics", "iqe_jax.pixel_metrics", "iqe_jax.optim"],
     ["convert"],
     ["iqe_jax.processes", "iqe_jax.sharding"],
     ["iqe_jax.weights"],
