@@ -98,8 +98,11 @@ def test_two_processes_of_four_devices_equal_one_device(whole, shared):
 
 def test_only_process_0_speaks_and_writes(shared):
     assert "image AUROC" in log_of(shared, "evaluate.py")
-    said = [line for line in log_of(shared, "evaluate.py", process=1).splitlines() if "[Gloo]" not in line]
-    assert said == []
+    # Gloo's threads speak all at once, so that one's line may begin inside another's.
+    gloo = (
+        r"(\[Gloo\]|Rank|\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+|\d+|\s)*"
+    )
+    assert re.fullmatch(gloo, log_of(shared, "evaluate.py", process=1))
     assert len(list((shared / "tensorboard").iterdir())) == 1
 
 
