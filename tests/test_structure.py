@@ -16,18 +16,19 @@ LAYERS = [
     ["iqe_jax.cache", "iqe_jax.config", "iqe_jax.progress"],
     ["iqe_jax.models"],
     ["iqe_jax.data"],
-    ["iqe_jax.losses", "iqe_jax.metrics", "iqe_jax.pixel_metrics", "iqe_jax.optim"],
+    ["iqe_jax.losses", "iqe_jax.metrics", "iqe_jax.pixel_metrics", "iqe_jax.calibration", "iqe_jax.optim"],
     ["convert"],
     ["iqe_jax.processes", "iqe_jax.sharding"],
     ["iqe_jax.weights"],
     ["iqe_jax.train_state"],
     ["iqe_jax.features", "iqe_jax.checkpoint", "iqe_jax.evaluator"],
-    ["iqe_jax.training_data", "iqe_jax.detector", "iqe_jax.report"],
+    ["iqe_jax.training_data", "iqe_jax.detector", "iqe_jax.report", "iqe_jax.report_page", "iqe_jax.scan_maps"],
     ["iqe_jax.footprint"],
     ["iqe_jax.chips"],
     ["iqe_jax.scaling"],
     ["iqe_jax.trainer"],
     ["iqe_jax.experiment"],
+    ["iqe_jax.reproduce", "iqe_jax.compare", "iqe_jax.prediction", "iqe_jax.export", "iqe_jax.serve"],
 ]
 # The scripts that made the phantoms' CLIP, which train towers and write weights as any user of the library would.
 SCRIPTS = {"iqe_jax.data.phantoms.train_clip"}
