@@ -14,10 +14,16 @@ from iqe_jax.sharding import make_layout
 from tests.conftest import GOLDEN
 from tests.parity import golden
 
+KINDS = ("attention", "crossattention", "text_crossattention")
 ALONE = [  # text cross-attention's softmax is all but saturated, so these have small gradients
     f"iqm.encoder.layer.{i}.text_crossattention.attention.{name}"
     for i in (0, 1)
     for name in ("query.weight", "query.bias", "key.weight")
+]
+ZERO = [  # zero in exact arithmetic; what float32 leaves of them differs from one processor to the next
+    *(f"iqm.encoder.layer.{i}.{kind}.attention.key.bias" for i in (0, 1) for kind in KINDS),
+    "New_Lan_Embed.prompt_linear1.fc.bias",
+    "query_linear.fc.bias",
 ]
 GLOBAL_NORM = 1.304
 
@@ -116,13 +122,13 @@ def test_gradients_are_of_the_same_parameters(gradients):
 @pytest.mark.parametrize("name", [key.removeprefix("grad/") for key in GOLDEN if key.startswith("grad/")])
 def test_gradients(gradients, name):
     reference = GOLDEN[f"grad/{name}"]
-    slack = 0 if name in ALONE else 1e-7 * GLOBAL_NORM
+    slack = 0 if name in ALONE else (1e-6 if name in ZERO else 1e-7) * GLOBAL_NORM
     assert np.linalg.norm(gradients[name] - reference) <= 1e-3 * np.linalg.norm(reference) + slack
     assert np.linalg.norm(gradients[name]) == pytest.approx(GOLDEN[f"grad_norm/{name}"], rel=1e-3, abs=1e-6)
 
 
 def test_the_parameters_alone_are_in_the_goldens():
-    assert all(f"grad/{name}" in GOLDEN for name in ALONE)
+    assert all(f"grad/{name}" in GOLDEN for name in (*ALONE, *ZERO))
 
 
 def test_training_run(golden_model):
