@@ -51,11 +51,13 @@ def evaluate(
     zero_shot: bool,
     layout: Layout,
     keep_maps: Collection[int] = (),
+    on_maps: Callable[[int, Float[np.ndarray, "batch side side"]], object] | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Score all images of `batches`, which come in order, laid out, padded at the end; `check` is called before each.
 
-    Every process gets the whole result.
+    Every process gets the whole result. `on_maps` is handed the number of a batch's first image and the segmentations
+    of its images, on every process, and nothing of them is held.
 
     Metrics: `image_auroc`, and where the set has masks `pixel_auroc` with `pixel_auroc_error`, the most that counting
     into bins can have moved it. Raises FloatingPointError when a score is not finite.
@@ -71,9 +73,12 @@ def evaluate(
             histogram = counts if histogram is None else histogram + counts
         batch_scores, batch_labels, weight = np.asarray(images)
         real = weight > 0
-        if wanted := [int(i) for i in np.flatnonzero(real) if first + i in keep_maps]:
-            segmentation = layout.gather(segmentation)
-            maps |= {first + i: segmentation[i] for i in wanted}
+        wanted = [int(i) for i in np.flatnonzero(real) if first + i in keep_maps]
+        if wanted or on_maps is not None:
+            whole = layout.gather(segmentation)
+            maps |= {first + i: whole[i].copy() for i in wanted}  # a copy, or the whole batch would be held
+            if on_maps is not None:
+                on_maps(first, whole[real])
         scores.append(batch_scores[real])
         labels.append(batch_labels[real])
         first += int(real.sum())
