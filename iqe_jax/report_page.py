@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from iqe_jax import calibration
 from iqe_jax import report_figures as figures
+from iqe_jax.calibration import Calibration
 from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import SETS, Sample
@@ -100,6 +102,7 @@ def write(
     scores = read_scores(directory / "scores.csv")
     if scores.names != [sample.name for sample in samples]:
         raise ValueError(f"{directory / 'scores.csv'} is not of the images that are here now; run evaluate.py again")
+    fitted, why = _calibration(directory)
     gallery = [i for i in figures.most_wrong(scores.score, scores.labels) if i in maps]
     page = _render(
         {
@@ -112,7 +115,7 @@ def write(
             "image": [curve(scores.score, scores.labels) for curve in (figures.roc, figures.precision_recall)],
             "pixel": None if pixel_counts is None else figures.pixel_curves(pixel_counts),
             "histogram": _histogram(scores),
-            "reliability": _reliability(directory, scores),
+            "reliability": _reliability(fitted, why, scores),
             "cards": [_card(config.model.image_size, i, samples[i], maps[i], scores) for i in gallery],
             "total": len(samples),
             "side": min(SIDE, config.model.image_size),
@@ -120,7 +123,7 @@ def write(
             "origin": origin,
             "settings": _settings(config),
             "scale": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in _palette()[:: _HEAT_LEVELS // 16]],
-            "data": _data(scores),
+            "data": _data(scores, fitted),
         }
     )
     write_whole(directory / "report.html", page)
@@ -178,18 +181,45 @@ def _histogram(scores: Scores) -> dict[str, Any]:
     return {"edges": edges.tolist(), "shares": shares.tolist(), "ticks": figures.ticks(edges[0], edges[-1])}
 
 
-def _reliability(directory: Path, scores: Scores) -> dict[str, Any]:
-    """Bins and axis of the reliability diagram, and what has to be said of it."""
-    bins = figures.reliability(scores.score, scores.labels, probabilities=False)
-    low, high = figures.span(scores.score)
-    text = [
-        "Raw scores are not probabilities: a score of 0.8 does not mean that 8 of 10 such images are anomalous. The "
-        "figure shows how often images of like score were anomalous in this test set.",
-        f"That share depends on how common anomalies are, here {scores.labels.mean():.0%}. This run has no fitted "
-        "probability.",
-    ]
+def _calibration(directory: Path) -> tuple[Calibration | None, str]:
+    """The run's fitted calibration, if it has one that goes with its weights, and a sentence where it has not."""
+    try:
+        fitted = calibration.load(directory)
+    except ValueError as fault:
+        return None, f"A fitted calibration is there but not used: {fault}."
+    if fitted is None:
+        return None, "No probability has been fitted for this run."
+    return fitted, "".join(f"{reason[0].upper()}{reason[1:]}. " for reason in fitted.withheld)
+
+
+def _reliability(fitted: Calibration | None, why: str, scores: Scores) -> dict[str, Any]:
+    """Bins and axis of the reliability diagram, by fitted probability or else by raw score, and what to say of it."""
+    prevalence = float(scores.labels.mean())
+    probabilities = None if fitted is None else fitted.probability(scores.score)
+    if fitted is None or probabilities is None:
+        low, high = figures.span(scores.score)
+        bins = figures.reliability(scores.score, scores.labels, probabilities=False)
+        text = [
+            "Raw scores are not probabilities: a score of 0.8 does not mean that 8 of 10 such images are anomalous. "
+            "The figure shows how often images of like score were anomalous in this test set, and that share depends "
+            f"on how common anomalies are, here {prevalence:.0%}.",
+            why,
+        ]
+    else:
+        low, high = 0.0, 1.0
+        bins = figures.reliability(probabilities, scores.labels, probabilities=True)
+        brier = float(np.mean((probabilities - scores.labels) ** 2))
+        gap = sum(b.images * abs(b.score - b.observed) for b in bins) / len(scores.labels)
+        text = [
+            f"Probabilities come from raw scores by a curve ({(fitted.curve or {})['method']}) fitted on "
+            f"{len(fitted.labels)} images of the valid pool, never on these. On these test images the Brier score is "
+            f"{brier:.3f} (0 is best; always saying the share of anomalous ones has "
+            f"{prevalence * (1 - prevalence):.3f}) and the expected calibration error {gap:.3f}.",
+            f"A probability holds for the pool's share of anomalous images, {fitted.prevalence:.0%}; here it is "
+            f"{prevalence:.0%}, and where scans are taken from usually far less. {why}",
+        ]
     axis = {"low": low, "high": high, "ticks": figures.ticks(low, high)}
-    return {"bins": bins, **axis, "probabilities": False, "text": text}
+    return {"bins": bins, **axis, "probabilities": probabilities is not None, "text": text}
 
 
 def _card(
@@ -258,10 +288,16 @@ def _settings(config: Config) -> list[tuple[str, str, bool]]:
     return flat(config, Config(), "")
 
 
-def _data(scores: Scores) -> dict[str, Any]:
-    """What the page's script reads: all scores, for the threshold, and where it starts."""
-    threshold = figures.f1_max_threshold(scores.score, scores.labels)
-    return {"scores": scores.score.tolist(), "labels": scores.labels.tolist(), "threshold": threshold}
+def _data(scores: Scores, fitted: Calibration | None) -> dict[str, Any]:
+    """What the page's script reads: all scores, the threshold it starts at, and the calibrated one if there is one."""
+    probabilities = None if fitted is None else fitted.probability(scores.score)
+    return {
+        "scores": scores.score.tolist(),
+        "labels": scores.labels.tolist(),
+        "probabilities": None if probabilities is None else np.round(probabilities, 4).tolist(),
+        "threshold": figures.f1_max_threshold(scores.score, scores.labels),
+        "calibrated": None if fitted is None else fitted.threshold,
+    }
 
 
 def _render(context: Mapping[str, Any]) -> str:

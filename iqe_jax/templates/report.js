@@ -75,13 +75,15 @@
     if (there) { marker.setAttribute("cx", 46 + 284 * x); marker.setAttribute("cy", 256 - 244 * y); }
   }
   const start = data.threshold === null ? (low + high) / 2 : data.threshold;
-  function reset() {
-    $("threshold").value = high > low ? Math.round((1000 * (start - low)) / (high - low)) : 500;
-    setThreshold(start); // the exact one, which the slider's steps only come near
+  function moveTo(value) { // exactly there: the slider's own steps only come near
+    $("threshold").value = high > low ? Math.round((1000 * (value - low)) / (high - low)) : 500;
+    setThreshold(value);
   }
+  const reset = () => moveTo(start);
   $("threshold").addEventListener("input", (event) => setThreshold(low + ((high - low) * event.target.value) / 1000));
   $("threshold-reset").addEventListener("click", reset);
-  if (data.threshold === null) $("threshold-reset").textContent = "Back to the middle";
+  if (data.threshold === null) $("threshold-reset").textContent = "Middle";
+  if ($("threshold-calibrated")) $("threshold-calibrated").addEventListener("click", () => moveTo(data.calibrated));
 
   // ---- gallery ---------------------------------------------------------------------------------------------------
   const orders = {
@@ -135,12 +137,18 @@
     if (card) enlarge(visible.findIndex((item) => item.card === card));
   });
 
-  // The heat map lies over a copy of the image, which the file holds once.
+  // The heat map lies over a copy of the image, and under the outline of the mask: the file holds each picture once.
   for (const item of items) {
-    const copy = item.card.querySelector(".image").cloneNode();
-    copy.alt = "";
-    item.card.querySelector(".heat").before(copy);
+    const heat = item.card.querySelector(".heat"), mask = item.card.querySelector(".mask");
+    const copyOf = (picture) => Object.assign(picture.cloneNode(), { alt: "" });
+    heat.before(copyOf(item.card.querySelector(".image")));
+    if (!mask) continue;
+    const outline = copyOf(mask);
+    outline.className = "outline";
+    heat.after(outline);
   }
+  const setOutline = () => document.body.classList.toggle("outlined", $("outline").checked);
+  $("outline").addEventListener("change", setOutline);
   function setHeat(percent) {
     document.documentElement.style.setProperty("--heat", percent / 100);
     for (const slider of document.querySelectorAll(".heat-slider")) slider.value = percent;
@@ -160,6 +168,7 @@
     $("viewer-panes").replaceChildren(...[...item.card.querySelectorAll(".pane")].map((pane) => pane.cloneNode(true)));
     const facts = { Class: item.label ? "anomalous" : "normal", Outcome: outcome(item).text, Score: shown(item.score) };
     for (const [name, value] of Object.entries(item.others)) facts[`Score, ${name}`] = shown(value);
+    if (data.probabilities) facts.Probability = data.probabilities[item.index].toFixed(3);
     facts["Wrong by"] = shown(wrongness(item), 3);
     $("viewer-facts").replaceChildren(...Object.entries(facts).map(([name, value]) => {
       const pair = document.createElement("div"), term = document.createElement("dt"), text = document.createElement("dd");
@@ -189,5 +198,6 @@
 
   addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
   setHeat(50);
+  setOutline();
   reset();
 })();
