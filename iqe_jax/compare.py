@@ -241,11 +241,11 @@ def print_table(compared: Sequence[Compared], metric: Metric) -> None:
     show = Console(soft_wrap=True).print
     table = Table(title=f"{TITLES[metric]} of runs on the same images", show_lines=True)
     for name in ("run", "value", "difference to run 1", "p", *(["p, Holm"] if len(compared) > 2 else [])):
-        table.add_column(name, justify="left" if name == "run" else "right")
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     for number, own in enumerate(compared, 1):
-        mark = "[bold]chosen on the TEST SET[/bold]" if own.chosen_on_test_data else ""
+        mark = "\n[bold]chosen on\nTEST SET[/bold]" if own.chosen_on_test_data else ""
         show(f"run {number}: {escape(own.run)}\n       {escape(own.about)}")
-        cells = [f"{number} {mark}", "{:.4f}\n{:.4f} … {:.4f}".format(own.value, *own.interval)]
+        cells = [f"{number}{mark}", "{:.4f}\n{:.4f} … {:.4f}".format(own.value, *own.interval)]
         if own.difference is not None and own.difference_interval is not None:
             cells.append("{:+.4f}\n{:+.4f} … {:+.4f}".format(own.difference, *own.difference_interval))
             cells += [_p_text(own.p), _p_text(own.p_holm)]
