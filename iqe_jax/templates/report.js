@@ -169,7 +169,8 @@
     const facts = { Class: item.label ? "anomalous" : "normal", Outcome: outcome(item).text, Score: shown(item.score) };
     for (const [name, value] of Object.entries(item.others)) facts[`Score, ${name}`] = shown(value);
     if (data.probabilities) facts.Probability = data.probabilities[item.index].toFixed(3);
-    facts["Wrong by"] = shown(wrongness(item), 3);
+    const by = wrongness(item);
+    facts[by > 0 ? "Wrong by" : "Right by"] = shown(Math.abs(by), 3);
     $("viewer-facts").replaceChildren(...Object.entries(facts).map(([name, value]) => {
       const pair = document.createElement("div"), term = document.createElement("dt"), text = document.createElement("dd");
       term.textContent = name;
