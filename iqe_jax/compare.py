@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from iqe_jax import cli
 from iqe_jax.checkpoint import write_whole
 from iqe_jax.progress import console, track
-from iqe_jax.report import PHANTOMS, RULES, read_scores, shown_name
+from iqe_jax.report import PHANTOMS, on_test_data, read_scores, shown_name
 
 PROGRAM = "python -m iqe_jax.compare"
 DESCRIPTION = """Compare runs that evaluate.py has scored on the same test images, each with the first.
@@ -223,11 +223,9 @@ def _facts(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {path}, which says how the weights of that run were chosen: run evaluate.py again")
     try:
         summary = json.loads(path.read_text())
-        rule = summary["weights"]["rule"]
-        about = (
-            f"{summary['config']}, {summary['dataset']}, {summary['protocol']}, seed {summary['seed']}, {RULES[rule]}"
-        )
-        return {"about": about, "chosen_on_test_data": rule == "paper", "phantoms": summary["data"] == PHANTOMS}
+        weights, names = summary["weights"], ("config", "dataset", "protocol")
+        about = ", ".join([*(summary[name] for name in names), f"seed {summary['seed']}", weights["chosen"]])
+        return {"about": about, "chosen_on_test_data": on_test_data(weights), "phantoms": summary["data"] == PHANTOMS}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what evaluate.py writes ({error!r}): run evaluate.py again") from error
 

@@ -51,9 +51,9 @@ class ModelConfig:
     """Initial weights: drawn, or such that the text branch begins as CLIP's own comparison of patches and templates."""
     fusion_weight: float = 0.8
     """Share of the query maps in the segmentation; the text maps have the rest."""
-    score: Literal["official", "max", "top"] = "official"
+    score: Literal["official", "mean", "max", "top"] = "official"
     """Image score: the official one, which averages over the image and so misses small lesions; the segmentation's
-    maximum; or the mean of its highest hundredth."""
+    mean; its maximum; or the mean of its highest hundredth."""
     sigma: float = 8.0
     """Standard deviation in pixels of the Gaussian blur on the segmentation; 0 turns it off."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"

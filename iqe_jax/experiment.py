@@ -204,7 +204,7 @@ def _write_page(
                 device=f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}), {count} process",
                 date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             )
-            path = report_page.write(config, run.path, samples, {i: maps[i] for i in chosen}, origin)
+            path = report_page.write(config, run.path, samples, {i: maps[i] for i in chosen}, origin, evaluation.pixels)
             console.print(f"The report is {path}")
 
 

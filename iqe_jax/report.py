@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ def write(
             rows.writerow([sample.name, sample.label, f"{score:.6f}"])
     if evaluation.maps:
         _write_heatmaps(directory / "heatmaps", config.model.image_size, samples, evaluation)
+
+
+def on_test_data(facts: Mapping[str, Any]) -> bool:
+    """Whether weights, as kept.json tells of them, were chosen on test data."""
+    return facts["rule"] == "paper" or bool(facts.get("chosen_on_test_data"))
 
 
 def _summary(config: Config, evaluation: Evaluation, kept: dict[str, Any]) -> dict[str, Any]:

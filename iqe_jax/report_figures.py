@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
+
+from iqe_jax.pixel_metrics import Histogram
 
 POINTS = 400  # of a curve; the eye sees no more on a figure of 300 pixels
 BINS = 24  # of the histogram of scores
@@ -72,15 +74,11 @@ def precision_recall(scores: Float[np.ndarray, " image"], labels: Float[np.ndarr
     return _thinned(recall[::-1], precision[::-1])
 
 
-def pixel_curves(counts: Int[np.ndarray, "2 bins"]) -> tuple[Points, Points]:
-    """ROC and precision-recall of pixels from counts of normal (row 0) and anomalous (row 1) values per bin, lowest
-    bin first; both empty where only one class is there.
-    """
-    normal, anomalous = counts.astype(np.float64)
-    if normal.sum() == 0 or anomalous.sum() == 0:
+def pixel_curves(pixels: Histogram) -> tuple[Points, Points]:
+    """ROC and precision-recall of counted pixels; both empty where only one class is there."""
+    false, true = np.cumsum(pixels.normal[::-1]), np.cumsum(pixels.anomalous[::-1])
+    if false[-1] == 0 or true[-1] == 0:
         return [], []
-    filled = normal + anomalous > 0
-    false, true = np.cumsum(normal[filled][::-1]), np.cumsum(anomalous[filled][::-1])
     recall, precision = true / true[-1], true / (true + false)
     curve = _thinned(np.concatenate([[0], false / false[-1]]), np.concatenate([[0], recall]))
     return curve, _thinned(np.concatenate([[0], recall]), np.concatenate([[precision[0]], precision]))

@@ -24,7 +24,8 @@ from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import SETS, Sample
 from iqe_jax.data.transforms import load_image, load_mask
-from iqe_jax.report import PHANTOMS, Scores, colours, read_scores, shown_name
+from iqe_jax.pixel_metrics import Histogram
+from iqe_jax.report import PHANTOMS, Scores, colours, on_test_data, read_scores, shown_name
 
 GALLERY = 200  # images in the gallery at most
 SIDE = 240  # pixels that pictures in the page are reduced to: 200 of them stay under 20 MB, whatever they show
@@ -84,7 +85,7 @@ def write(
     samples: Sequence[Sample],
     maps: Mapping[int, Float[np.ndarray, "side side"]],
     origin: Sequence[tuple[str, str]],
-    pixel_counts: Int[np.ndarray, "2 bins"] | None = None,
+    pixels: Histogram | None = None,
 ) -> Path:
     """Write `directory`/report.html from its metrics.json, scores.csv and, where there is one, calibration.json.
 
@@ -94,7 +95,7 @@ def write(
       samples: the test set, in the order of scores.csv.
       maps: segmentations in [0, 1] by place in `samples`; these images make the gallery, the most wrong first.
       origin: what `provenance` returned.
-      pixel_counts: normal (row 0) and anomalous pixels per bin of the segmentation's value, for curves over pixels.
+      pixels: counts of pixels by their value in the segmentation, for curves over pixels.
 
     Raises ValueError when the files of the run do not go with `samples`.
     """
@@ -113,7 +114,7 @@ def write(
             "support": [shown_name(name) for name in summary["weights"].get("support") or ()],
             "names": METRICS,
             "image": [curve(scores.score, scores.labels) for curve in (figures.roc, figures.precision_recall)],
-            "pixel": None if pixel_counts is None else figures.pixel_curves(pixel_counts),
+            "pixel": None if pixels is None else figures.pixel_curves(pixels),
             "histogram": _histogram(scores),
             "reliability": _reliability(fitted, why, scores),
             "cards": [_card(config.model.image_size, i, samples[i], maps[i], scores) for i in gallery],
@@ -133,7 +134,7 @@ def write(
 def _about(config: Config, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Title and marks. Marks stand in the page's head and beside every figure."""
     known = SETS.get(summary["dataset"])
-    marks = [("paper", "chosen on test data", PAPER)] if summary["weights"]["rule"] == "paper" else []
+    marks = [("paper", "chosen on test data", PAPER)] if on_test_data(summary["weights"]) else []
     if summary["data"] == PHANTOMS:
         marks.append(
             ("phantoms", "phantoms", "What is measured on rendered phantoms says nothing about the real data set.")
@@ -166,12 +167,13 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, str, list[dict[str, A
         columns = [
             {
                 "name": name,
-                "rows": {n: v for n, v in values.items() if not isinstance(v, bool | dict | str) and "_error" not in n},
+                "rows": {n: values.get(n) for n in summary["metrics"] if n in values and not n.endswith("_error")},
+                "intervals": values.get("intervals") or {},
                 "on_test": key == "rules" and (name == "paper" or bool(values.get("chosen_on_test_data"))),
             }
             for name, values in (summary.get(key) or {}).items()
         ]
-        if columns:
+        if len(columns) > 1:
             tables.append((heading, about, columns))
     return tables
 
@@ -215,8 +217,8 @@ def _reliability(fitted: Calibration | None, why: str, scores: Scores) -> dict[s
             f"{len(fitted.labels)} images of the valid pool, never on these. On these test images the Brier score is "
             f"{brier:.3f} (0 is best; always saying the share of anomalous ones has "
             f"{prevalence * (1 - prevalence):.3f}) and the expected calibration error {gap:.3f}.",
-            f"A probability holds for the pool's share of anomalous images, {fitted.prevalence:.0%}; in this test set it is "
-            f"{prevalence:.0%}, and where scans come from it is usually far lower. {why}",
+            f"A probability holds for the pool's share of anomalous images, {fitted.prevalence:.0%}; in this test set it "
+            f"is {prevalence:.0%}, and where scans come from it is usually far lower. {why}",
         ]
     axis = {"low": low, "high": high, "ticks": figures.ticks(low, high)}
     return {"bins": bins, **axis, "probabilities": probabilities is not None, "text": text}

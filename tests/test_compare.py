@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from iqe_jax import compare
-from iqe_jax.report import PHANTOMS
+from iqe_jax.report import PHANTOMS, RULES
 
 LABELS = np.array([0] * 40 + [1] * 30)
 
@@ -29,7 +29,7 @@ def write_run(folder, scores, labels=LABELS, *, names=None, rule="last", data="d
         rows.writerow(["image", "label", "score"])
         rows.writerows((names[i], labels[i], scores[i]) for i in (range(len(names)) if order is None else order))
     about = {"config": "c", "dataset": "brain", "protocol": "few-shot, k = 4", "seed": 0, "data": data}
-    (folder / "metrics.json").write_text(json.dumps({**about, "weights": {"rule": rule}}))
+    (folder / "metrics.json").write_text(json.dumps({**about, "weights": {"rule": rule, "chosen": RULES[rule]}}))
     return folder
 
 

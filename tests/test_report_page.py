@@ -19,6 +19,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 import evaluate as evaluate_script
 from iqe_jax import calibration, config, experiment, report, report_figures, report_page, saved_maps
 from iqe_jax.data.bmad import load_split
+from iqe_jax.pixel_metrics import Histogram
 from tests.pages import HOSTILE, make_run
 
 PAPER = "chosen on test data"
@@ -32,6 +33,12 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(run):
     return run.write()
+
+
+def counted(normal, anomalous):
+    normal, anomalous = np.array(normal, float), np.array(anomalous, float)
+    filled = normal + anomalous > 0
+    return Histogram(normal[filled], anomalous[filled], None, np.ones(filled.sum(), bool))
 
 
 def text_of(page):
@@ -105,7 +112,7 @@ def test_what_is_said_of_a_run(page):
 )
 def test_marks_stand_in_the_head_and_beside_every_figure(tmp_path, rule, phantoms, marks):
     page = make_run(tmp_path / "run", count=3, rule=rule, phantoms=phantoms, names=False).write(
-        pixel_counts=np.array([[5, 3], [1, 4]])
+        pixels=counted([5, 3], [1, 4])
     )
     figures = re.findall(r"<figcaption>.*?</figcaption>", page, re.S)
     assert len(figures) == 6
@@ -128,9 +135,9 @@ def test_further_figures_are_shown_where_they_are_there(tmp_path):
     summary = json.loads(path.read_text())
     summary["metrics"] |= {"image_ap": None, "pixel_aupro": 0.61234, "pixel_aupro_error": 1e-6, "new_one": 0.25}
     summary["intervals"] = {"image_auroc": [0.7654, 0.9123], "image_ap": None}
-    summary["reductions"] = {"official": {"image_auroc": 0.7012}, "max": {"image_auroc": 0.8034, "image_ap": 0.5}}
+    summary["reductions"] = {"official": {"image_auroc": 0.7012}, "max": {"image_auroc": 0.8034, "other": 0.5}}
     summary["rules"] = {
-        "last": {"image_auroc": 0.7, "chosen_on_test_data": False},
+        "last": {"image_auroc": 0.7, "chosen_on_test_data": False, "intervals": {"image_auroc": [0.6, 0.8]}},
         "paper": {"image_auroc": 0.9, "chosen_on_test_data": True},
     }
     path.write_text(json.dumps(summary))
@@ -141,7 +148,7 @@ def test_further_figures_are_shown_where_they_are_there(tmp_path):
     assert "Pixel AUPRO 0.612" in text
     assert "new one 0.250" in text
     assert re.search(r"metric official max Image AUROC 0\.701 0\.803", text)
-    assert f"metric last paper {PAPER} Image AUROC 0.700 0.900" in text
+    assert f"metric last paper {PAPER} Image AUROC 0.700 0.600 to 0.800 0.900" in text
 
 
 def test_the_most_wrong_come_first(run, page):
@@ -249,12 +256,12 @@ def test_pixel_curves_are_those_of_the_pixels():
     labels = draw.integers(0, 2, 5000)
     values = np.clip(draw.normal(0.4 + 0.2 * labels, 0.2), 0, 0.999)
     place = (values * 100).astype(int)
-    counts = np.stack([np.bincount(place[labels == label], minlength=100) for label in (0, 1)])
+    counts = counted(*(np.bincount(place[labels == label], minlength=100) for label in (0, 1)))
     curve, pr = (np.array(points).T for points in report_figures.pixel_curves(counts))
     assert np.trapezoid(curve[1], curve[0]) == pytest.approx(roc_auc_score(labels, place), abs=1e-4)
     precision, recall, _ = precision_recall_curve(labels, place)
     np.testing.assert_allclose(pr[:, 1:], [recall[::-1][1:], precision[::-1][1:]], atol=1e-5)
-    assert report_figures.pixel_curves(np.array([[1, 2], [0, 0]])) == ([], [])
+    assert report_figures.pixel_curves(counted([1, 2], [0, 0])) == ([], [])
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 5), (3, 5), (5, 5), (70, 200)])
