@@ -6,7 +6,7 @@ fast form of Sun and Xu (2014); other metrics by a paired bootstrap over images.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +17,10 @@ from jaxtyping import Float, Int
 
 from iqe_jax import cli
 from iqe_jax.checkpoint import write_whole
-from iqe_jax.progress import console, track
+from iqe_jax.metrics import IMAGE_METRICS, bootstrap_metrics, image_metrics
+from iqe_jax.progress import console
 from iqe_jax.report import PHANTOMS, on_test_data, read_scores, shown_name
+from iqe_jax.report_page import METRICS
 
 PROGRAM = "python -m iqe_jax.compare"
 DESCRIPTION = """Compare runs that evaluate.py has scored on the same test images, each with the first.
@@ -33,8 +35,7 @@ several comparisons find something by chance more often than one.
 Images are what varies here: the interval says what another draw of test images might give, not another training seed.
 For that, train with several seeds."""
 
-Metric = Literal["image_auroc", "image_ap"]
-TITLES = {"image_auroc": "Image AUROC", "image_ap": "Image AP"}
+Metric = Literal["image_auroc", "image_ap", "image_f1_max", "image_sensitivity_at_95_specificity"]
 _Z = 1.959964  # of a two-sided 95 % interval
 _NAMED_AT_MOST = 5  # images in one error message
 
@@ -46,7 +47,7 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories with a scores.csv, two or more; the first is what the others are compared with."""
     metric: Metric = "image_auroc"
-    """image_auroc: by DeLong's method. image_ap: average precision, by a paired bootstrap."""
+    """AUROC is compared by DeLong's method, the others by a paired bootstrap. docs/metrics.md defines them."""
     resamples: int = 2000
     """Resamples of the bootstrap; more make the p value finer, whose least is 2 / (resamples + 1)."""
     seed: int = 0
@@ -87,13 +88,15 @@ def compare(
         raise ValueError("give two runs or more: the directories that evaluate.py wrote, the first is compared with")
     scores, labels = _paired(runs)
     if len(np.unique(labels)) < 2:
-        raise ValueError(f"all images of {runs[0]} are of one class; {TITLES[metric]} is undefined")
-    values, covariance = delong(scores, labels) if metric == "image_auroc" else (None, None)
-    if values is not None and covariance is not None:
+        raise ValueError(f"all images of {runs[0]} are of one class; {_title(metric)} is undefined")
+    if metric == "image_auroc":
+        values, covariance = delong(scores, labels)
         intervals = [_normal_interval(value, var, 0, 1) for value, var in zip(values, np.diag(covariance), strict=True)]
         tests = [_delong_test(values, covariance, i) for i in range(len(runs))]
     else:
-        values, drawn = bootstrap(scores, labels, _average_precision, resamples, seed)
+        own = IMAGE_METRICS.index(metric)
+        values = np.array([image_metrics(row, labels)[metric] for row in scores])
+        drawn = np.stack([bootstrap_metrics(row, labels, resamples, seed)[own] for row in scores])
         intervals = [_percentiles(row) for row in drawn]
         tests = [(_percentiles(row - drawn[0]), _bootstrap_p(row - drawn[0])) for row in drawn]
     adjusted = iter(holm([p for _, p in tests[1:] if p is not None]))
@@ -131,26 +134,6 @@ def delong(
     return of_anomalous.mean(1), covariance * np.ones((len(scores), len(scores)))
 
 
-def bootstrap(
-    scores: Float[np.ndarray, "run image"],
-    labels: Int[np.ndarray, " image"],
-    metric: Callable[[np.ndarray, np.ndarray], float],
-    resamples: int,
-    seed: int,
-) -> tuple[Float[np.ndarray, " run"], Float[np.ndarray, "run resample"]]:
-    """`metric`(scores, labels) of each row of scores, and on resampled images, the same ones for all rows.
-
-    Images are drawn with replacement within their class, so that no resample lacks one.
-    """
-    draw = np.random.default_rng(seed)
-    classes = [np.flatnonzero(labels == label) for label in (0, 1)]
-    drawn = np.empty((len(scores), resamples))
-    for column in track(range(resamples), "Bootstrap"):
-        chosen = np.concatenate([draw.choice(part, len(part)) for part in classes])
-        drawn[:, column] = [metric(row[chosen], labels[chosen]) for row in scores]
-    return np.array([metric(row, labels) for row in scores]), drawn
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values adjusted for being several, after Holm (1979), in the order given."""
     adjusted, least = [0.0] * len(p_values), 0.0
@@ -185,12 +168,6 @@ def _bootstrap_p(differences: Float[np.ndarray, " resample"]) -> float:
     """Two-sided: twice the share of resamples on the rarer side of 0, never 0 itself."""
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (rarer + 1) / (len(differences) + 1)))
-
-
-def _average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    from sklearn.metrics import average_precision_score
-
-    return float(average_precision_score(labels, scores))
 
 
 def _paired(runs: Sequence[Path]) -> tuple[Float[np.ndarray, "run image"], Int[np.ndarray, " image"]]:
@@ -237,7 +214,7 @@ def print_table(compared: Sequence[Compared], metric: Metric) -> None:
     from rich.table import Table
 
     show = Console(soft_wrap=True).print
-    table = Table(title=f"{TITLES[metric]} of runs on the same images", show_lines=True)
+    table = Table(title=f"{_title(metric)} of runs on the same images", show_lines=True)
     for name in ("run", "value", "difference to run 1", "p", *(["p, Holm"] if len(compared) > 2 else [])):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     for number, own in enumerate(compared, 1):
@@ -256,6 +233,10 @@ def print_table(compared: Sequence[Compared], metric: Metric) -> None:
         caption.append(PHANTOMS)
     table.caption = "\n".join(caption)
     show(table)
+
+
+def _title(metric: Metric) -> str:
+    return METRICS[metric][0]
 
 
 def _p_text(p: float | None) -> str:

@@ -217,8 +217,8 @@ def _reliability(fitted: Calibration | None, why: str, scores: Scores) -> dict[s
             f"{len(fitted.labels)} images of the valid pool, never on these. On these test images the Brier score is "
             f"{brier:.3f} (0 is best; always saying the share of anomalous ones has "
             f"{prevalence * (1 - prevalence):.3f}) and the expected calibration error {gap:.3f}.",
-            f"A probability holds for the pool's share of anomalous images, {fitted.prevalence:.0%}; in this test set it "
-            f"is {prevalence:.0%}, and where scans come from it is usually far lower. {why}",
+            f"A probability holds for the pool's share of anomalous images, {fitted.prevalence:.0%}; in this test "
+            f"set it is {prevalence:.0%}, and where scans come from it is usually far lower. {why}",
         ]
     axis = {"low": low, "high": high, "ticks": figures.ticks(low, high)}
     return {"bins": bins, **axis, "probabilities": probabilities is not None, "text": text}

@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from iqe_jax import compare
+from iqe_jax.metrics import bootstrap_metrics, image_metrics
 from iqe_jax.report import PHANTOMS, RULES
 
 LABELS = np.array([0] * 40 + [1] * 30)
@@ -66,7 +67,7 @@ def test_delong_is_its_definition(seed):
 def test_delong_and_bootstrap_agree():
     scores = draw_scores(1)
     _, covariance = compare.delong(scores, LABELS)
-    _, drawn = compare.bootstrap(scores, LABELS, lambda s, y: float(roc_auc_score(y, s)), 400, 0)
+    drawn = np.stack([bootstrap_metrics(row, LABELS, 400, 0)[0] for row in scores])
     spread = np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     assert (drawn[1] - drawn[0]).std() == pytest.approx(spread, rel=0.15)
     assert np.cov(drawn)[0, 1] > 0  # the same images for both runs
@@ -88,13 +89,12 @@ def test_holm():
     assert compare.holm([]) == []
 
 
-@pytest.mark.parametrize("metric", ["image_auroc", "image_ap"])
+@pytest.mark.parametrize("metric", ["image_auroc", "image_ap", "image_f1_max"])
 def test_what_a_comparison_says(runs, metric):
     found = compare.compare(runs, metric, resamples=300)
-    function = {"image_auroc": roc_auc_score, "image_ap": average_precision_score}[metric]
     scores = draw_scores(0, runs=3)
     for own, row in zip(found, scores, strict=True):
-        assert own.value == pytest.approx(function(LABELS, row))
+        assert own.value == pytest.approx(image_metrics(row, LABELS)[metric])
         assert 0 <= own.interval[0] < own.value < own.interval[1] <= 1
     assert (found[0].difference, found[0].difference_interval, found[0].p, found[0].p_holm) == (None,) * 4
     for own in found[1:]:
