@@ -2,7 +2,6 @@
 images are most wrong. Drawing them is the template's work (templates/report.html).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,7 +134,12 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(float(n * step), 10) for n in range(int(np.ceil(low / step - 1e-9)), int(high / step + 1e-9) + 1)]
 
 
-def _thinned(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Points:
-    """At most POINTS points of a curve, both ends among them."""
-    chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
+def _thinned(x: np.ndarray, y: np.ndarray) -> Points:
+    """At most POINTS points of a curve, evenly along its length, both ends among them."""
+    chosen = np.arange(len(x))
+    if len(x) > POINTS:
+        length = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+        chosen = np.unique(np.searchsorted(length, np.linspace(0, length[-1], POINTS)))
+        chosen = np.unique([0, *chosen[chosen < len(x)], len(x) - 1])[-POINTS:]
+        chosen[0] = 0
     return [(round(float(x[i]), 5), round(float(y[i]), 5)) for i in chosen]
