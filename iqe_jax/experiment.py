@@ -3,10 +3,14 @@
 Everything that can be missing is looked for before the first image is read.
 """
 
+import dataclasses
+import json
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +23,7 @@ from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.transforms import AUGMENTATIONS
-from iqe_jax.evaluator import Evaluation, evaluate
+from iqe_jax.evaluator import Evaluation, evaluate_each
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.processes import Preemption
@@ -28,29 +32,45 @@ from iqe_jax.report_figures import most_wrong
 from iqe_jax.saved_maps import MapFiles
 from iqe_jax.sharding import Layout, make_layout
 from iqe_jax.trainer import Trainer
-from iqe_jax.weights import describe, load_adapter, load_model
+from iqe_jax.weights import chosen_on, describe, load_adapter, load_model
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with all its weights, laid out."""
+    """A model with all its weights, laid out; `others` are those that further rules keep."""
 
     model: IqeClip
     frozen: Params
     trainable: Params
+    others: dict[str, Params] = field(default_factory=dict)
 
 
 def run_training(config: Config) -> Trained:
-    """Train the run of `config` to its end, or load it where that was reached before."""
+    """Train the run of `config` to its end, or load it where that was reached before; of several seeds the last."""
+    layout = make_layout(config.mesh)
     with Preemption() as preemption:
-        return _train(config, make_layout(config.mesh), preemption)
+        *_, trained = (_train(run, layout, preemption) for run in seeds(config))
+        return trained
+
+
+def seeds(config: Config) -> Iterator[Config]:
+    """The runs that `config.eval.seeds` asks for, each with a config of its own; a support list gives row after row."""
+    count = config.eval.seeds
+    for i in range(count):
+        seed = config.train.seed + i
+        data, train = config.data, dataclasses.replace(config.train, seed=seed)
+        if data.support_list:
+            data = dataclasses.replace(data, support_row=data.support_row + i)
+        run_dir = config.run_dir / f"seed{seed}" if config.run_dir and count > 1 else config.run_dir
+        alone = dataclasses.replace(config.eval, seeds=1)
+        yield dataclasses.replace(config, data=data, train=train, eval=alone, run_dir=run_dir)
 
 
 def _train(config: Config, layout: Layout, preemption: Preemption) -> Trained:
     _render(config)
     with processes.together("start training"):
         run = RunDirectory(config)
-        plan = training_data.plan(config)
+        plan = training_data.plan(config, run.rules)
     if others := processes.same_everywhere(f"{plan.digest} {to_json(config)}".encode()):
         raise ValueError(f"processes {others} have other settings or training images than process 0")
     with processes.together("load the weights"):
@@ -58,13 +78,19 @@ def _train(config: Config, layout: Layout, preemption: Preemption) -> Trained:
         trainer = Trainer(config, model, frozen, plan, layout, preemption)
     if run.finished_at == trainer.total:
         console.print(f"{run.path} is trained already, {trainer.total} steps")
-        return Trained(model, frozen, trainer.load_kept())
+        return _kept(trainer)
     protocol = "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}"
     console.print(
         f"Training {config.name} ({protocol}) on {len(plan.names)} images of {', '.join(plan.training)}, "
         f"{trainer.total} steps, in {run.path}"
     )
-    return Trained(model, frozen, trainer.train())
+    trainer.train()
+    return _kept(trainer)
+
+
+def _kept(trainer: Trainer) -> Trained:
+    others = {rule: trainer.load_kept(rule) for rule in trainer.config.rules[1:]}
+    return Trained(trainer.model, trainer.frozen, trainer.load_kept(), others)
 
 
 def dry_run(config: Config) -> None:
@@ -99,11 +125,26 @@ def run_evaluation(config: Config) -> dict[str, float]:
 
     Where the config asks for them, report.html and all segmentations are written too.
 
-    Raises FileNotFoundError or ValueError, saying what to do, when data or weights are not there, or when a
-    zero-shot run has not been trained.
+    Of several seeds it writes a summary too, and returns the means. Raises FileNotFoundError or ValueError, saying what
+    to do, when data or weights are not there, or when a zero-shot run has not been trained.
     """
+    runs, layout = list(seeds(config)), make_layout(config.mesh)
     with Preemption() as preemption:
-        return _evaluate(config, make_layout(config.mesh), preemption)
+        found = [_evaluate(run, layout, preemption) for run in runs]
+    if len(runs) == 1:
+        return found[0]
+    if processes.is_main():
+        summaries = [json.loads((run.directory / "metrics.json").read_text()) for run in runs]
+        report.write_seeds(seeds_file(config), summaries)
+    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+
+
+def seeds_file(config: Config) -> Path:
+    """Where the summary over the seeds of `config` is written: beside their run directories."""
+    first, last = config.train.seed, config.train.seed + config.eval.seeds - 1
+    if config.run_dir:
+        return config.run_dir / f"seeds{first}-{last}.json"
+    return config.directory.with_name(f"{config.data.dataset}-k{config.data.shots}-seeds{first}-{last}.json")
 
 
 def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[str, float]:
@@ -111,12 +152,18 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
     with processes.together("start evaluating"):
         run = RunDirectory(config)
         samples = load_split(config.data.root, config.data.dataset, "test")
+        if config.model.adapter and len(config.rules) > 1:
+            raise ValueError(
+                "eval.protocols is for weights that a run keeps; with model.adapter there is one given set"
+            )
     if config.model.adapter:
         with processes.together("load the weights"):
             model, frozen = load_model(config.model, layout)
             adapter = load_adapter(model, config.model.adapter)
+            seen = chosen_on(config.model.adapter)
         trained = Trained(model, frozen, layout.put(adapter, jax.tree.map(lambda _: layout.replicated, adapter)))
-        kept = {"rule": "given", "adapter": config.model.adapter}
+        given = {"rule": "given", "adapter": config.model.adapter}
+        facts = {"given": {**given, "chosen_on_test_data": True} if seen else given}
     else:
         if run.finished_at is None and config.zero_shot:
             raise FileNotFoundError(
@@ -126,7 +173,8 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         if run.finished_at is None:
             console.print(f"No trained adapter in {run.path}: training it first")
         trained = _train(config, layout, preemption)
-        kept = RunDirectory(config).kept or {}
+        run = RunDirectory(config)
+        facts = {rule: {"rule": rule, **(run.facts(rule) or {})} for rule in config.rules}
     shown = _shown(samples, config.eval.heatmaps)
     page = (config.data.root / MARK).exists() if config.eval.report is None else config.eval.report
     whole = page and len(samples) <= report_page.GALLERY
@@ -141,8 +189,10 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
             if files is not None:
                 files(first, maps)
 
-    evaluation = _score(
+    own, *rest = facts
+    evaluations = _score(
         trained,
+        {own: trained.trainable, **trained.others},
         samples,
         config,
         layout,
@@ -154,23 +204,30 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
     run.claim()
     with processes.together("write the results"):
         if processes.is_main():
-            pictures = {i: evaluation.maps[i] for i in shown}
-            report.write(config, run.path, samples, replace(evaluation, maps=pictures), kept)
+            others = {rule: (evaluations[rule], facts[rule]) for rule in rest}
+            pictures = {i: evaluations[own].maps[i] for i in shown}
+            evaluation = dataclasses.replace(evaluations[own], maps=pictures)
+            report.write(config, run.path, samples, evaluation, facts[own], others)
     if page:
-        _write_page(config, run, samples, evaluation, trained, layout, preemption)
-    return evaluation.metrics
+        _write_page(config, run, samples, evaluations[own], trained, layout, preemption)
+    return evaluations[own].metrics
 
 
 def _score(
-    trained: Trained, samples: list[Sample], config: Config, layout: Layout, title: str, **options: Any
-) -> Evaluation:
-    """`evaluate` on image files, with progress; `options` are its own."""
-    size = config.eval.batch_size
+    trained: Trained,
+    adapters: Mapping[str, Params],
+    samples: list[Sample],
+    config: Config,
+    layout: Layout,
+    title: str,
+    **options: Any,
+) -> dict[str, Evaluation]:
+    """`evaluate_each` on image files, with progress; `options` are its own."""
+    size, zero_shot = config.eval.batch_size, config.zero_shot
     batches = features.stream(trained.model, trained.frozen, samples, size, config.data, layout)
     batches = track(batches, title, total=-(-len(samples) // layout.padded(size)))
-    zero_shot = config.zero_shot
-    return evaluate(
-        trained.model, trained.trainable, trained.frozen, batches, zero_shot=zero_shot, layout=layout, **options
+    return evaluate_each(
+        trained.model, adapters, trained.frozen, batches, zero_shot=zero_shot, layout=layout, **options
     )
 
 
@@ -187,10 +244,9 @@ def _write_page(
     chosen = most_wrong(evaluation.scores, evaluation.labels)[: report_page.GALLERY]
     maps = evaluation.maps
     if not set(chosen) <= set(maps):
-        few = [samples[i] for i in chosen]
-        again = _score(
-            trained, few, config, layout, "Maps for the report", keep_maps=range(len(few)), check=preemption.check
-        )
+        few, own = [samples[i] for i in chosen], {"": trained.trainable}
+        options = {"keep_maps": range(len(few)), "check": preemption.check}
+        again = _score(trained, own, few, config, layout, "Maps for the report", **options)[""]
         maps = {chosen[i]: found for i, found in again.maps.items()}
     parts = {"the adapter": trained.trainable, "CLIP": trained.frozen}
     digests = {name: weights.digest(layout.gather(tree)) for name, tree in parts.items()}

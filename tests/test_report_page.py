@@ -386,7 +386,11 @@ def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_f
     monkeypatch.setattr(report_page, "GALLERY", 6)
     model = config.ModelConfig(**golden_settings, adapter=str(golden_files[1]), sigma=2.0)
     recipe = config.Config(
-        "tiny", tmp_path, model, config.DataConfig(root=tiny_root), eval=config.EvalConfig(8, 2, True, "png16")
+        "tiny",
+        tmp_path,
+        model,
+        config.DataConfig(root=tiny_root),
+        eval=config.EvalConfig(batch_size=8, heatmaps=2, report=True, save_maps="png16"),
     )
     experiment.run_evaluation(recipe)
     samples = load_split(tiny_root, "brain", "test")
@@ -409,7 +413,11 @@ def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_f
     assert len(list((tmp_path / "heatmaps").iterdir())) == 3  # two and the overview, not the gallery's
 
     config_without = config.Config(
-        "tiny", tmp_path / "no", model, config.DataConfig(root=tiny_root), eval=config.EvalConfig(8, 0)
+        "tiny",
+        tmp_path / "no",
+        model,
+        config.DataConfig(root=tiny_root),
+        eval=config.EvalConfig(batch_size=8, heatmaps=0),
     )
     experiment.run_evaluation(config_without)
     assert sorted(path.name for path in (tmp_path / "no").iterdir()) == ["config.json", "metrics.json", "scores.csv"]
