@@ -1,6 +1,7 @@
 """The page of an evaluation: what is on it, that it needs nothing else, its pictures, its curves; and maps as files."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import io
@@ -212,6 +213,15 @@ def test_degenerate_sets_have_a_page(tmp_path, kind):
     page = run.write()
     assert ("undefined: one class only" in page) == (kind == "one class")
     assert len(list(cards(page))) == 6
+
+
+def test_a_set_without_masks_has_a_page(tmp_path):
+    run = make_run(tmp_path / "run", count=3, names=False)
+    bare = [dataclasses.replace(sample, mask=None) for sample in run.samples]
+    page = dataclasses.replace(run, samples=bare).write()
+    assert [set(pictures) for *_, pictures in cards(page)] == [{"image", "heat"}] * 6
+    assert text_of(page).count("no mask") == 3
+    assert "ROC of pixels" not in page
 
 
 def test_a_fitted_calibration_is_used_if_it_is_of_these_weights(tmp_path):
