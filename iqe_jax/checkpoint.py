@@ -206,7 +206,7 @@ def _differences(stored: Config, asked: Config) -> list[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file so that it is there whole or not at all; file names in it keep the bytes that are no UTF-8."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8", "surrogateescape", newline="")
     temporary.replace(path)

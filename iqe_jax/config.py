@@ -142,6 +142,11 @@ class EvalConfig:
     with means and intervals is written."""
     heatmaps: int = 8
     """Heat maps written as pictures, half of normal and half of anomalous images; 0 writes none."""
+    report: bool | None = None
+    """Write report.html, a page that opens offline, with curves and a gallery of the most wrong images; none given:
+    for phantoms only. evaluate.py takes `--report` and `--no-report` for short."""
+    save_maps: Literal["none", "png16", "npz"] = "none"
+    """Write all segmentations into maps/: as 16-bit PNG (65535 is 1), or NumPy archives. For short: `--save-maps`."""
 
 
 @dataclass(frozen=True)

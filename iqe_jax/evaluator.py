@@ -17,13 +17,16 @@ from jaxtyping import Array, Float
 from iqe_jax import pixel_metrics
 from iqe_jax.metrics import image_metrics
 from iqe_jax.models.iqe_clip import IqeClip, Params
-from iqe_jax.pixel_metrics import PixelCounts
+from iqe_jax.pixel_metrics import Histogram, PixelCounts
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
 REDUCTIONS: tuple[str, ...] = ("official", "mean", "max", "top")
 """Image scores, in the order of `evaluation_step`'s rows: the official one, and the segmentation's mean, maximum and
 mean of the highest hundredth."""
+
+OnMaps = Callable[[int, Float[np.ndarray, "batch side side"]], object]
+"""Is handed the number of a batch's first image and the segmentations of its images."""
 
 AHEAD = 2  # batches that the host may be ahead of the device: enough to keep it busy, few enough to fit
 
@@ -32,7 +35,8 @@ AHEAD = 2  # batches that the host may be ahead of the device: enough to keep it
 class Evaluation:
     """What a test set's images scored. `maps` has the segmentation (S, S) in [0, 1] of the images asked for.
 
-    `scores` are those that the model's config asks for, `reductions` every kind of `REDUCTIONS`, by name.
+    `scores` are those that the model's config asks for, `reductions` every kind of `REDUCTIONS`, by name. `pixels` are
+    the counts behind the figures of pixels, where the set has masks.
     """
 
     metrics: dict[str, float]
@@ -40,6 +44,7 @@ class Evaluation:
     labels: Float[np.ndarray, " image"]
     maps: dict[int, Float[np.ndarray, "side side"]]
     reductions: dict[str, Float[np.ndarray, " image"]] = field(default_factory=dict)
+    pixels: Histogram | None = None
 
 
 @partial(jax.jit, static_argnames=("model", "zero_shot", "layout"))
@@ -69,17 +74,18 @@ def evaluate(
     zero_shot: bool,
     layout: Layout,
     keep_maps: Collection[int] = (),
+    on_maps: OnMaps | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Score all images of `batches`, which come in order, laid out, padded at the end; `check` is called before each.
 
-    Every process gets the whole result.
+    Every process gets the whole result. `on_maps` is called with every batch, on every process; nothing of it is held.
 
     Metrics: those of `metrics.image_metrics`, and where the set has masks those of `pixel_metrics.pixel_metrics`, AUPRO
     where batches have `regions`. Raises FloatingPointError when a score is not finite.
     """
     adapters = {"": trainable}
-    settings = {"zero_shot": zero_shot, "layout": layout, "keep_maps": keep_maps, "check": check}
+    settings = {"zero_shot": zero_shot, "layout": layout, "keep_maps": keep_maps, "on_maps": on_maps, "check": check}
     return evaluate_each(model, adapters, frozen, batches, **settings)[""]
 
 
@@ -92,11 +98,13 @@ def evaluate_each(
     zero_shot: bool,
     layout: Layout,
     keep_maps: Collection[int] = (),
+    on_maps: OnMaps | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> dict[str, Evaluation]:
-    """As `evaluate`, of several adapters by name, in one pass over the images. Maps are kept of the first alone."""
+    """As `evaluate`, of several adapters by name, in one pass over the images. Maps are of the first alone."""
     scorers = {name: _Scorer(model, params, frozen, zero_shot, layout) for name, params in adapters.items()}
     wanted = {name: keep_maps if first == 0 else () for first, name in enumerate(scorers)}
+    next(iter(scorers.values())).on_maps = on_maps
     for batch in batches:
         check()
         for name, scorer in scorers.items():
@@ -111,10 +119,11 @@ class _Scorer:
         self._score = partial(evaluation_step, model, trainable, frozen, zero_shot=zero_shot, layout=layout)
         self._model, self._layout = model, layout
         self._counts: PixelCounts | None = None
-        self._started: deque[tuple[jax.Array, dict[int, jax.Array]]] = deque()
+        self._started: deque[tuple[jax.Array, dict[int, jax.Array], jax.Array | None]] = deque()
         self._images: list[Float[np.ndarray, "6 batch"]] = []
         self._maps: dict[int, np.ndarray] = {}
         self._first = 0  # number of the next batch's first image
+        self.on_maps: OnMaps | None = None
 
     def add(self, batch: Batch, keep_maps: Collection[int]) -> None:
         """Start a batch, and fetch the scores of one that was started before."""
@@ -131,13 +140,16 @@ class _Scorer:
             counted = (segmentation, batch.masks, batch.weight, batch.regions)
             self._counts = pixel_metrics.count(self._counts, *counted, split=layout.batch)
         self._first += size
-        self._started.append((images, maps))
+        self._started.append((images, maps, None if self.on_maps is None else segmentation))
         if len(self._started) > AHEAD:
             self._fetch()
 
     def _fetch(self) -> None:
-        images, maps = self._started.popleft()
+        images, maps, segmentation = self._started.popleft()
         self._images.append(np.asarray(images))
+        if self.on_maps is not None and segmentation is not None:
+            before = sum(found.shape[1] for found in self._images[:-1])  # only the last batch is padded
+            self.on_maps(before, np.asarray(self._layout.gather(segmentation))[self._images[-1][-1] > 0])
         self._maps |= {i: np.asarray(segmentation) for i, segmentation in maps.items()}
 
     def result(self) -> Evaluation:
@@ -155,7 +167,8 @@ class _Scorer:
         reductions = dict(zip(REDUCTIONS, scores, strict=True))
         chosen = reductions[self._model.config.score]
         metrics = image_metrics(chosen, labels)
-        if self._counts is not None:
-            metrics |= pixel_metrics.pixel_metrics(pixel_metrics.histogram(self._counts))
+        pixels = None if self._counts is None else pixel_metrics.histogram(self._counts)
+        if pixels is not None:
+            metrics |= pixel_metrics.pixel_metrics(pixels)
         maps = {i: segmentation for i, segmentation in self._maps.items() if i < len(labels)}
-        return Evaluation(metrics, chosen, labels, maps, reductions)
+        return Evaluation(metrics, chosen, labels, maps, reductions, pixels)

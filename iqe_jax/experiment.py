@@ -5,24 +5,31 @@ Everything that can be missing is looked for before the first image is read.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from iqe_jax import features, processes, report, training_data
+from iqe_jax import features, processes, report, report_page, training_data, weights
 from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.transforms import AUGMENTATIONS
-from iqe_jax.evaluator import evaluate_each
+from iqe_jax.evaluator import Evaluation, evaluate_each
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.processes import Preemption
 from iqe_jax.progress import console, track
+from iqe_jax.report_figures import most_wrong
+from iqe_jax.saved_maps import MapFiles
 from iqe_jax.sharding import Layout, make_layout
 from iqe_jax.trainer import Trainer
 from iqe_jax.weights import chosen_on, describe, load_adapter, load_model
@@ -114,7 +121,9 @@ def dry_run(config: Config) -> None:
 
 
 def run_evaluation(config: Config) -> dict[str, float]:
-    """Score the target's test set, print the table, write metrics.json, scores.csv and heat maps; returns the metrics.
+    """Score the target's test set, print the table, write metrics.json, scores.csv and pictures; returns the metrics.
+
+    Where the config asks for them, report.html and all segmentations are written too.
 
     Of several seeds it writes a summary too, and returns the means. Raises FileNotFoundError or ValueError, saying what
     to do, when data or weights are not there, or when a zero-shot run has not been trained.
@@ -165,25 +174,92 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         run = RunDirectory(config)
         facts = {rule: {"rule": rule, **(run.facts(rule) or {})} for rule in config.rules}
     shown = _shown(samples, config.eval.heatmaps)
-    size = config.eval.batch_size
-    batches = features.stream(trained.model, trained.frozen, samples, size, config.data, layout)
+    page = (config.data.root / MARK).exists() if config.eval.report is None else config.eval.report
+    whole = page and len(samples) <= report_page.GALLERY
+    files, form = None, config.eval.save_maps
+    if form != "none":
+        run.claim()
+        with processes.together("make room for the maps"):
+            files = MapFiles(run.path, samples, config.model.image_size, form) if processes.is_main() else None
+
+    def save(first: int, maps: np.ndarray) -> None:
+        with processes.together("write the maps"):
+            if files is not None:
+                files(first, maps)
+
     own, *rest = facts
-    evaluations = evaluate_each(
-        trained.model,
+    evaluations = _score(
+        trained,
         {own: trained.trainable, **trained.others},
-        trained.frozen,
-        track(batches, f"Scoring {config.data.dataset}", total=-(-len(samples) // layout.padded(size))),
-        zero_shot=config.zero_shot,
-        layout=layout,
-        keep_maps=shown,
+        samples,
+        config,
+        layout,
+        f"Scoring {config.data.dataset}",
+        keep_maps=range(len(samples)) if whole else shown,
+        on_maps=save if form != "none" else None,
         check=preemption.check,
     )
     run.claim()
     with processes.together("write the results"):
         if processes.is_main():
             others = {rule: (evaluations[rule], facts[rule]) for rule in rest}
-            report.write(config, run.path, samples, evaluations[own], facts[own], others)
+            pictures = {i: evaluations[own].maps[i] for i in shown}
+            evaluation = dataclasses.replace(evaluations[own], maps=pictures)
+            report.write(config, run.path, samples, evaluation, facts[own], others)
+    if page:
+        _write_page(config, run, samples, evaluations[own], trained, layout, preemption)
     return evaluations[own].metrics
+
+
+def _score(
+    trained: Trained,
+    adapters: Mapping[str, Params],
+    samples: list[Sample],
+    config: Config,
+    layout: Layout,
+    title: str,
+    **options: Any,
+) -> dict[str, Evaluation]:
+    """`evaluate_each` on image files, with progress; `options` are its own."""
+    size, zero_shot = config.eval.batch_size, config.zero_shot
+    batches = features.stream(trained.model, trained.frozen, samples, size, config.data, layout)
+    batches = track(batches, title, total=-(-len(samples) // layout.padded(size)))
+    return evaluate_each(
+        trained.model, adapters, trained.frozen, batches, zero_shot=zero_shot, layout=layout, **options
+    )
+
+
+def _write_page(
+    config: Config,
+    run: RunDirectory,
+    samples: list[Sample],
+    evaluation: Evaluation,
+    trained: Trained,
+    layout: Layout,
+    preemption: Preemption,
+) -> None:
+    """report.html. Maps that were not kept, as in large test sets, come from a second pass over those images alone."""
+    chosen = most_wrong(evaluation.scores, evaluation.labels)[: report_page.GALLERY]
+    maps = evaluation.maps
+    if not set(chosen) <= set(maps):
+        few, own = [samples[i] for i in chosen], {"": trained.trainable}
+        options = {"keep_maps": range(len(few)), "check": preemption.check}
+        again = _score(trained, own, few, config, layout, "Maps for the report", **options)[""]
+        maps = {chosen[i]: found for i, found in again.maps.items()}
+    parts = {"the adapter": trained.trainable, "CLIP": trained.frozen}
+    digests = {name: weights.digest(layout.gather(tree)) for name, tree in parts.items()}
+    with processes.together("write the report"):
+        if processes.is_main():
+            devices, count = jax.devices(), jax.process_count()
+            origin = report_page.provenance(
+                config,
+                digests,
+                command=shlex.join(sys.orig_argv),
+                device=f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}), {count} process",
+                date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            )
+            path = report_page.write(config, run.path, samples, {i: maps[i] for i in chosen}, origin, evaluation.pixels)
+            console.print(f"The report is {path}")
 
 
 def _render(config: Config) -> None:

@@ -59,9 +59,15 @@ def bootstrap(
     """
     if min((labels == label).sum() for label in (0, 1)) < FEWEST:
         return dict.fromkeys(IMAGE_METRICS)
-    parts = [resampled_metrics(*counts) for counts in _resampled(scores, labels, resamples, seed)]
-    low, high = np.quantile(np.concatenate(parts, 1), [0.025, 0.975], axis=1)
+    low, high = np.quantile(bootstrap_metrics(scores, labels, resamples, seed), [0.025, 0.975], axis=1)
     return {name: (float(a), float(b)) for name, a, b in zip(IMAGE_METRICS, low, high, strict=True)}
+
+
+def bootstrap_metrics(
+    scores: Float[np.ndarray, " image"], labels: Float[np.ndarray, " image"], resamples: int, seed: int
+) -> Float[np.ndarray, "metric resample"]:
+    """The figures of `IMAGE_METRICS` on each resample of `bootstrap`. One seed draws the same images of any scores."""
+    return np.concatenate([resampled_metrics(*drawn) for drawn in _resampled(scores, labels, resamples, seed)], 1)
 
 
 def _resampled(

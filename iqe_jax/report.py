@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def _write_scores(path: Path, samples: Sequence[Sample], evaluation: Evaluation,
     rows.writerow(["image", "label", "score", *(f"score_{name}" for name in reductions), "weights"])
     for i, sample in enumerate(samples):
         values = (evaluation.scores[i], *(values[i] for values in reductions.values()))
-        rows.writerow([sample.name, sample.label, *(f"{value:.6f}" for value in values), weights])
+        rows.writerow([sample.name, sample.label, *(f"{value:.9g}" for value in values), weights])
     write_whole(path, lines.getvalue())
 
 
@@ -225,12 +227,67 @@ def overlay(
     image: Float[np.ndarray, "side side 3"], segmentation: Float[np.ndarray, "side side"]
 ) -> Int[np.ndarray, "side side 3"]:
     """The image with its segmentation laid over it in colour, both in [0, 1]; colour is stronger where values are."""
-    place = np.clip(segmentation, 0, 1) * (len(_COLOURS) - 1)
+    return _bytes(0.5 * image + 0.5 * colours(segmentation))
+
+
+def colours(values: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 3"]:
+    """RGB in [0, 1] of values in [0, 1], on the fixed scale of every heat map."""
+    place = np.clip(values, 0, 1) * (len(_COLOURS) - 1)
     below = np.minimum(place.astype(int), len(_COLOURS) - 2)
     part = (place - below)[..., None]
-    colour = (_COLOURS[below] * (1 - part) + _COLOURS[below + 1] * part) / 255
-    return _bytes(0.5 * image + 0.5 * colour)
+    return (_COLOURS[below] * (1 - part) + _COLOURS[below + 1] * part) / 255
 
 
 def _bytes(image: Float[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """scores.csv: names, labels (1 for an anomaly), the score, and further reductions by name."""
+
+    names: list[str]
+    labels: Int[np.ndarray, " image"]
+    score: Float[np.ndarray, " image"]
+    others: dict[str, Float[np.ndarray, " image"]]
+
+
+def read_scores(path: Path) -> Scores:
+    """Read a run's scores.csv, whose names may hold any bytes that file names do.
+
+    Raises FileNotFoundError, or ValueError naming file, line and field, when it is not there or not what it should be.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: evaluate.py writes it into the run's directory")
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.DictReader(file, strict=True)
+        columns = rows.fieldnames or []
+        if missing := [name for name in ("image", "label", "score") if name not in columns]:
+            raise ValueError(
+                f"{path} has no column {missing[0]!r}; expected image,label,score as evaluate.py writes them"
+            )
+        others = [name for name in columns if name.startswith("score_")]
+        names, labels, values = [], [], []
+        try:
+            for row in rows:
+                label, numbers = row["label"], [float(row[name] or "nan") for name in ("score", *others)]
+                if label not in ("0", "1") or not np.isfinite(numbers[0]):
+                    raise ValueError("label must be 0 or 1 and score a finite number")
+                names.append(row["image"])
+                labels.append(int(label))
+                values.append(numbers)
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
+    if not names:
+        raise ValueError(f"{path} lists no images; run evaluate.py again")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path} lists {shown_name(twice)} twice")
+    table = np.array(values)
+    return Scores(names, np.array(labels), table[:, 0], {n[6:]: table[:, i + 1] for i, n in enumerate(others)})
+
+
+def shown_name(name: str) -> str:
+    r"""A file name as text: bytes that are no UTF-8 and characters that print nothing are shown as \xff or \u202e."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

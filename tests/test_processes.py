@@ -85,7 +85,7 @@ def shared(tmp_path_factory, whole):
     """The same run on two processes with four devices each, trained, then evaluated."""
     run_dir = tmp_path_factory.mktemp("processes") / "shared"
     assert finish(*pair("train.py", run_dir)) == [0, 0], log_of(run_dir) + log_of(run_dir, process=1)
-    assert finish(*pair("evaluate.py", run_dir)) == [0, 0], log_of(run_dir, "evaluate.py")
+    assert finish(*pair("evaluate.py", run_dir, "--save-maps", "png16")) == [0, 0], log_of(run_dir, "evaluate.py")
     return run_dir
 
 
@@ -94,6 +94,11 @@ def test_two_processes_of_four_devices_equal_one_device(whole, shared):
     one, other = (json.loads((run / "metrics.json").read_text())["metrics"] for run in (whole, shared))
     for name in ("image_auroc", "pixel_auroc"):
         assert one[name] == pytest.approx(other[name], abs=1e-4)
+
+
+def test_page_and_maps_come_from_both_processes(shared):
+    assert len(list((shared / "maps").glob("*/*.png"))) == 200
+    assert (shared / "report.html").read_text().count("<li data-index=") == 200
 
 
 def test_only_process_0_speaks_and_writes(shared):
