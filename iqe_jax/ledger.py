@@ -8,7 +8,6 @@ scores.csv       the same as scores.jsonl, made from it at the end
 
 import csv
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -44,7 +43,7 @@ def find(given: Sequence[str], out: Path, redact: bool = False) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for number, name in enumerate(given, 1):
-        matches = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207
+        matches = [Path(name)] if Path(name).exists() else _matching(name)
         files = [file for match in matches for file in (_walk(match, out) if match.is_dir() else [match])]
         files = [file for file in files if out.resolve() not in file.resolve().parents]
         if not files:
@@ -57,6 +56,13 @@ def find(given: Sequence[str], out: Path, redact: bool = False) -> list[Path]:
     if not found:
         raise FileNotFoundError("nothing to predict: give at least one PATH")
     return list(found.values())
+
+
+def _matching(pattern: str) -> list[Path]:
+    """What a pattern such as 'study/**/*.dcm' matches, sorted, hidden files and folders left out."""
+    base = Path(Path(pattern).anchor)
+    matches = base.glob(str(Path(pattern).relative_to(base)))
+    return sorted(path for path in matches if not any(part.startswith(".") for part in path.relative_to(base).parts))
 
 
 def _walk(folder: Path, out: Path) -> Iterator[Path]:

@@ -252,12 +252,12 @@ class _Job:
         return _Loaded(work, index, pixels, image_array(Image.fromarray(pixels), work.item.label, size))
 
     def _predict(self, batch: list[_Loaded], only: bool) -> None:
-        """Score a batch and start to write its maps. A batch that is the only one runs at its own size."""
+        """Score a batch and start to write its maps. A batch that is the only one runs no larger than need be."""
         batch = [loaded for loaded in batch if loaded.fault is None and loaded.work.fault is None]
         if not batch:
             return
-        if only:
-            self.detector.batch_size = len(batch)
+        if only:  # one of a few sizes, each of which is compiled once
+            self.detector.batch_size = min(2 ** (len(batch) - 1).bit_length(), self.options.batch_size)
         scores, maps = self.detector(np.stack([loaded.prepared for loaded in batch]))
         if not np.isfinite(scores).all():
             raise FloatingPointError(f"scores are not finite, such as of {batch[0].work.item.label}: use other weights")

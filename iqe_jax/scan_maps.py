@@ -19,7 +19,7 @@ _ROWS = 256  # of a picture that are coloured at a time
 _OF_PATIENT_AND_STUDY = (
     *("SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
     *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
-    *("StudyDescription", "FrameOfReferenceUID", "Laterality", "BodyPartExamined", "BurnedInAnnotation"),
+    *("StudyDescription", "Laterality", "BodyPartExamined", "BurnedInAnnotation"),
     *("LossyImageCompression", "PatientOrientation"),
 )
 _REQUIRED = {  # that may be empty; of the modules of a Secondary Capture
@@ -81,6 +81,9 @@ def write_volume(path: Path, scan: Scan, maps: UInt16[np.ndarray, "slice height 
         image.header[field] = geometry.header[field]
     for field in ("srow_x", "srow_y", "srow_z"):
         image.header[field] = geometry.header[field]
+    for field in ("db_name", "aux_file", "intent_name"):  # which may name a patient
+        image.header[field] = b""
+    image.header.extensions.clear()
     image.header.set_slope_inter(1 / LEVELS, 0)
     image.header["cal_min"], image.header["cal_max"] = 0, 1
     image.header["descrip"] = b"iqe-jax anomaly map, 0 to 1; not for diagnosis"
