@@ -126,7 +126,8 @@ def _fingerprint(run: Path) -> str:
     import json
 
     config = json.loads((run / "config.json").read_text())
-    hasher = hashlib.sha256((run / "adapter.safetensors").read_bytes())
+    own = run / "adapter.safetensors"
+    hasher = hashlib.sha256((own if own.exists() else Path(config["model"]["adapter"])).read_bytes())
     hasher.update(json.dumps([config["model"], config["data"]["shots"] == 0], sort_keys=True).encode())
     return hasher.hexdigest()[:32]
 

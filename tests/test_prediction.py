@@ -163,6 +163,7 @@ def test_normals_alone_are_enough_for_a_threshold(tmp_path, own_set, run, capsys
     assert "no probability: it takes 10 normal and 10 anomalous images, there are 14 and 0" in shown.err
     fitted = calibration.load(tmp_path / "run")
     assert fitted.achieved["specificity"]["value"] >= 0.95
+    assert iqe_jax.load(tmp_path / "run").zero_shot  # the given adapter is loaded with the run
 
 
 # ---------------------------------------------------------------------------- scans of every kind
