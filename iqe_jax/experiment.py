@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from iqe_jax import features, processes, report, report_page, training_data, weights
+from iqe_jax import calibration, features, processes, report, report_page, training_data, weights
 from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
 from iqe_jax.data.phantoms import MARK
+from iqe_jax.data.supports import held_out
 from iqe_jax.data.transforms import AUGMENTATIONS
 from iqe_jax.evaluator import Evaluation, evaluate_each
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
@@ -206,6 +207,7 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
             pictures = {i: evaluations[own].maps[i] for i in shown}
             evaluation = dataclasses.replace(evaluations[own], maps=pictures)
             report.write(config, run.path, samples, evaluation, facts[own], others)
+    calibrate(config, run, trained, next(iter(facts)), layout, preemption)
     if page:
         _write_page(config, run, samples, evaluations[own], trained, layout, preemption)
     return evaluations[own].metrics
@@ -260,6 +262,36 @@ def _write_page(
             )
             path = report_page.write(config, run.path, samples, {i: maps[i] for i in chosen}, origin, evaluation.pixels)
             console.print(f"The report is {path}")
+
+
+def calibrate(
+    config: Config, run: RunDirectory, trained: Trained, rule: str, layout: Layout, preemption: Preemption
+) -> None:
+    """Score the target's valid pool without the support images, and fit and keep what scores mean; print one line.
+
+    A target without such images, or weights that were chosen on them, are not calibrated, which is said and no error.
+    """
+    if rule == "valid":
+        console.print("Not calibrated: the valid images have chosen the weights, so scores on them look too good")
+        return
+    try:
+        with processes.together("find the images to calibrate on"):
+            pool = load_split(config.data.root, config.data.dataset, "valid")
+            support = [] if config.zero_shot else training_data.plan(config).training[config.data.dataset]
+            samples = held_out(pool, support)
+    except (FileNotFoundError, ValueError) as missing:
+        console.print(f"Not calibrated: {missing}")
+        return
+    if not samples:
+        console.print("Not calibrated: no valid images are left beside the support")
+        return
+    own = {"": trained.trainable}
+    evaluation = _score(trained, own, samples, config, layout, "Scoring valid images", check=preemption.check)[""]
+    fitted = calibration.fit(evaluation.scores, evaluation.labels)
+    with processes.together("write the calibration"):
+        if processes.is_main():
+            fitted.save(run.path)
+    console.print(fitted.summary())
 
 
 def _render(config: Config) -> None:
