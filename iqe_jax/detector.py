@@ -73,6 +73,11 @@ class Detector:
         score, anomaly_map = np.concatenate(scores), np.concatenate(maps)
         return Prediction(score[0], anomaly_map[0]) if single else Prediction(score, anomaly_map)
 
+    @property
+    def weights(self) -> dict[str, Params]:
+        """The parameter trees: `frozen`, which is CLIP, and `trainable`, the adapter."""
+        return {"frozen": self._frozen, "trainable": self._trainable}
+
     def outputs(self, images: Images) -> dict[str, jax.Array]:
         """Every intermediate for one batch of images (as in a call; a single image is a batch of one), by name.
 
