@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from jax import export
 
-from iqe_jax import cli
+from iqe_jax import calibration, cli
 from iqe_jax.config import Config, from_json
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.detector import Detector, load
@@ -67,7 +67,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     _check_target(out)
     detector = load(run)
     config = from_json((run / "config.json").read_text())
-    chosen = _chosen(run)
+    chosen, calibrated = _chosen(run), calibration.load(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that it gets there by a rename; removed whatever happens.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as temporary:
@@ -76,7 +76,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         weights = write_program(detector, folder)
         shutil.copy(Path(__file__).with_name("export_loader.py"), folder / "loader.py")
         _vendor_flatbuffers(folder / "vendor")
-        about = describe(config, detector, chosen)
+        about = describe(config, detector, chosen, calibrated)
         about |= {"parameters": sum(x.size for x in weights.values()), "files": _checksums(folder)}
         (folder / "model.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(about), encoding="utf-8")
@@ -147,7 +147,9 @@ def _used_words(model: IqeClip, weights: dict[str, Params]) -> tuple[IqeClip, di
     return replace(model, clip=clip, templates=Templates(rows, -1)), {**weights, "frozen": frozen}
 
 
-def describe(config: Config, detector: Detector, chosen: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    config: Config, detector: Detector, chosen: dict[str, Any], calibrated: calibration.Calibration | None
+) -> dict[str, Any]:
     """What model.json says, but for the files. No path of this machine and no name of an image is in it."""
     model = detector.model.config
     kind = model.score if model.score != "official" else ("zero" if detector.zero_shot else "few")
@@ -176,12 +178,18 @@ def describe(config: Config, detector: Detector, chosen: dict[str, Any]) -> dict
             "higher_is": "more anomalous",
         },
         "anomaly_map": f"(batch, {model.image_size}, {model.image_size}) in [0, 1], higher where more anomalous",
-        "calibration": None,
+        "calibration": None if calibrated is None else _rule(calibrated),
         "clip": Path(model.clip).name if Path(model.clip).exists() else model.clip,
         "compute_type": model.dtype,
         "platforms": list(PLATFORMS),
         "versions": {"iqe_jax": _version(), "jax": jax.__version__, "python": platform.python_version()},
     }
+
+
+def _rule(calibrated: calibration.Calibration) -> dict[str, Any]:
+    """What turns a score into a probability and a decision, without the scores it was fitted on."""
+    kept = ("target", "threshold", "achieved", "curve", "prevalence", "withheld")
+    return {name: getattr(calibrated, name) for name in kept}
 
 
 def _version() -> str:

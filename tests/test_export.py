@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import iqe_jax
-from iqe_jax import export
+from iqe_jax import calibration, export
 from iqe_jax.config import Config, DataConfig, ModelConfig, to_json
+from iqe_jax.detector import Detector
 from iqe_jax.weights import save_adapter
 
 IMAGES = np.random.default_rng(0).random((5, 40, 40, 3), np.float32)
@@ -158,6 +159,31 @@ def test_weights_chosen_on_test_data_are_marked(tmp_path, golden_settings, golde
     assert about["trained_on"] == ["liver", "resc", "oct17", "chest", "his"]
     assert "chosen on the test set" in (tmp_path / "model" / "README.md").read_text()
     assert "TEST SET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", [4, 30, 600])
+def test_a_calibration_comes_along(golden_model, images):
+    draw = np.random.default_rng(0)
+    scores, labels = np.r_[draw.normal(0.3, 0.1, images), draw.normal(0.5, 0.1, images)], np.repeat([0, 1], images)
+    fitted = calibration.fit(scores, labels)
+    detector = Detector(*golden_model, zero_shot=False)
+    about = export.describe(Config(), detector, {"chosen": "c", "chosen_on_test_data": False}, fitted)
+    about = json.loads(json.dumps({**about, "parameters": 1}))
+    rule, card = about["calibration"], export.model_card(about)
+    assert "scores" not in rule and "labels" not in rule
+    assert rule["threshold"] == fitted.threshold
+    if images == 4:
+        assert "no probability" in card and "no decision" in card
+    else:
+        assert f"score ≥ {fitted.threshold:.6g}" in card
+        curve = rule["curve"]
+        if images == 30:
+            assert f"{curve['slope']:.6g} · score" in card
+            again = 1 / (1 + np.exp(-(curve["slope"] * scores + curve["intercept"])))
+        else:
+            assert "linear interpolation" in card
+            again = np.interp(scores, curve["x"], curve["y"])
+        np.testing.assert_allclose(again, fitted.probability(scores), atol=1e-12)
 
 
 def stopped(run: Path, out: Path) -> str:
