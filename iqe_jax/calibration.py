@@ -83,7 +83,7 @@ class Calibration:
     def summary(self) -> str:
         """One line that says what was fitted and how good it is."""
         anomalous = sum(self.labels)
-        parts = [f"calibration on {len(self.labels) - anomalous} normal and {anomalous} anomalous valid images"]
+        parts = [f"Calibration on {len(self.labels) - anomalous} normal and {anomalous} anomalous valid images"]
         if self.threshold is not None:
             found = ", ".join(
                 f"{name} {value['value']:.2f} ({value['low']:.2f}–{value['high']:.2f})"

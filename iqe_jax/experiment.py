@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from iqe_jax import features, processes, report, training_data
+from iqe_jax import calibration, features, processes, report, training_data
 from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.supports import held_out
 from iqe_jax.data.transforms import AUGMENTATIONS
 from iqe_jax.evaluator import evaluate
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
@@ -135,7 +136,41 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
     with processes.together("write the results"):
         if processes.is_main():
             report.write(config, run.path, samples, evaluation, kept)
+    calibrate(config, run, trained, layout, preemption)
     return evaluation.metrics
+
+
+def calibrate(config: Config, run: RunDirectory, trained: Trained, layout: Layout, preemption: Preemption) -> None:
+    """Score the target's valid pool without the support images, and fit and keep what scores mean; print one line.
+
+    A target without such images is not calibrated, which is said and no error.
+    """
+    try:
+        with processes.together("find the images to calibrate on"):
+            pool = load_split(config.data.root, config.data.dataset, "valid")
+            support = [] if config.zero_shot else training_data.plan(config).training[config.data.dataset]
+            samples = held_out(pool, support)
+    except (FileNotFoundError, ValueError) as missing:
+        console.print(f"Not calibrated: {missing}")
+        return
+    if not samples:
+        console.print("Not calibrated: no valid images are left beside the support")
+        return
+    batches = features.stream(trained.model, trained.frozen, samples, config.eval.batch_size, config.data, layout)
+    evaluation = evaluate(
+        trained.model,
+        trained.trainable,
+        trained.frozen,
+        batches,
+        zero_shot=config.zero_shot,
+        layout=layout,
+        check=preemption.check,
+    )
+    fitted = calibration.fit(evaluation.scores, evaluation.labels)
+    with processes.together("write the calibration"):
+        if processes.is_main():
+            fitted.save(run.path)
+    console.print(fitted.summary())
 
 
 def _render(config: Config) -> None:

@@ -175,6 +175,7 @@ def _coloured(stored: np.ndarray, bits: int) -> Frame:
 def _of_frame(header: Dataset, index: int) -> Dataset:
     """What bears on the values of one frame: of the whole file, of what its frames share, of the frame itself."""
     own = Dataset()
+    own.file_meta = header.file_meta  # tells the byte order of tables
     for keyword in _COPIED:
         if keyword in header:
             own.add(header[keyword])

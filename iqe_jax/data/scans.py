@@ -234,8 +234,9 @@ def robust(values: Float[np.ndarray, "..."]) -> Window:
     """The window from the 0.5th to the 99.5th percentile; from least to largest where these are equal."""
     low, high = np.percentile(values, (0.5, 99.5))
     if not high > low:
-        low, high = values.min(), values.max()
-    return float(low + high) / 2, max(float(high - low), float(np.finfo(np.float32).tiny))
+        low, high = float(values.min()), float(values.max())
+    width = float(high - low) or 1.0  # of one value only, that is 0
+    return float(low) + width / 2, width
 
 
 def grey(values: Float[np.ndarray, "height width"]) -> Frame:
