@@ -67,7 +67,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     _check_target(out)
     detector = load(run)
     config = from_json((run / "config.json").read_text())
-    chosen, calibrated = _chosen(run), calibration.load(run)
+    weights_chosen, calibrated = chosen(run), calibration.load(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that it gets there by a rename; removed whatever happens.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as temporary:
@@ -76,7 +76,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         weights = write_program(detector, folder)
         shutil.copy(Path(__file__).with_name("export_loader.py"), folder / "loader.py")
         _vendor_flatbuffers(folder / "vendor")
-        about = describe(config, detector, chosen, calibrated)
+        about = describe(config, detector, weights_chosen, calibrated)
         about |= {"parameters": sum(x.size for x in weights.values()), "files": _checksums(folder)}
         (folder / "model.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(about), encoding="utf-8")
@@ -100,7 +100,7 @@ def _check_target(out: Path) -> None:
         raise ValueError(f"--out {out} holds files that are no export; name a new or empty folder")
 
 
-def _chosen(run: Path) -> dict[str, Any]:
+def chosen(run: Path) -> dict[str, Any]:
     """How the run's weights were chosen, in words too. Raises ValueError when training is not over."""
     path = run / "kept.json"
     kept = json.loads(path.read_text()) if path.exists() else {"rule": "given"}
@@ -148,7 +148,7 @@ def _used_words(model: IqeClip, weights: dict[str, Params]) -> tuple[IqeClip, di
 
 
 def describe(
-    config: Config, detector: Detector, chosen: dict[str, Any], calibrated: calibration.Calibration | None
+    config: Config, detector: Detector, kept: dict[str, Any], calibrated: calibration.Calibration | None
 ) -> dict[str, Any]:
     """What model.json says, but for the files. No path of this machine and no name of an image is in it."""
     model = detector.model.config
@@ -163,7 +163,7 @@ def describe(
         "trained_on": trained_on,
         "note": PHANTOMS if on_phantoms else None,
         "protocol": "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}",
-        "weights": chosen,
+        "weights": kept,
         "image_size": model.image_size,
         "images": {
             "shape": ["batch", model.image_size, model.image_size, 3],

@@ -34,6 +34,9 @@ LAYERS = [
         "iqe_jax.prediction",
         "iqe_jax.export",
         "iqe_jax.export_loader",
+        "iqe_jax.batching",
+        "iqe_jax.service",
+        "iqe_jax.web",
         "iqe_jax.serve",
     ],
 ]
