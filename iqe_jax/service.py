@@ -169,7 +169,7 @@ class Service:
 
     def _prepare(self, scan: Scan, index: int) -> tuple[Float[np.ndarray, "side side 3"], tuple[int, int]]:
         frame = scan.frame(index)
-        return self.detector.prepare(frame)[0], frame.shape[:2]
+        return self.detector.prepare(frame)[0][0], frame.shape[:2]
 
     def _said(self, score: float) -> dict[str, Any]:
         """Probability and decision, as far as the run's calibration gives them."""
