@@ -23,8 +23,6 @@ import tyro
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-READY = 600  # seconds that the service may take to compile
-
 
 @dataclass(frozen=True)
 class Options:

@@ -117,12 +117,15 @@ def is_loopback(host: str) -> bool:
 
 def _bind(host: str, port: int) -> socket.socket:
     """A socket that holds the port and does not listen yet. Raises OSError saying which could not be had."""
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as fault:
+        if listener is not None:
+            listener.close()
         raise OSError(f"cannot listen on {host}, port {port} ({fault.strerror}): choose another --port") from fault
     return listener
 

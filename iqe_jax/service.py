@@ -274,7 +274,10 @@ async def _from_form(request: Request, body: bytes) -> tuple[bytes, str]:
         form = await parser.parse()
     except (MultiPartException, ValueError, KeyError, LookupError, AssertionError) as fault:
         raise HTTPException(422, "the form is broken, or has several files: send one, as field file") from fault
-    file = form.get("file")
-    if not isinstance(file, UploadFile):
-        raise HTTPException(422, "the form has no file in its field file")
-    return await file.read(), re.split(r"[\\/]", file.filename or "upload")[-1][:200]
+    try:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise HTTPException(422, "the form has no file in its field file")
+        return await file.read(), re.split(r"[\\/]", file.filename or "upload")[-1][:200]
+    finally:
+        await form.close()

@@ -11,24 +11,11 @@ import pytest
 
 import iqe_jax
 from iqe_jax import calibration, export
-from iqe_jax.config import Config, DataConfig, ModelConfig, to_json
+from iqe_jax.config import Config, DataConfig
 from iqe_jax.detector import Detector
-from iqe_jax.weights import save_adapter
+from tests.runs import LAST, write_run
 
 IMAGES = np.random.default_rng(0).random((5, 40, 40, 3), np.float32)
-
-
-def write_run(folder: Path, settings: dict, adapter, kept: dict, data: DataConfig | None = None) -> Path:
-    """A run directory as a finished training leaves it, as far as it is needed to predict."""
-    folder.mkdir()
-    config = Config("brain_fewshot", model=ModelConfig(**settings), data=data or DataConfig())
-    (folder / "config.json").write_text(to_json(config))
-    (folder / "kept.json").write_text(json.dumps(kept))
-    save_adapter(adapter, folder / "adapter.safetensors")
-    return folder
-
-
-LAST = {"rule": "last", "step": 7, "support": ["good/miller_anna.png"], "finished_at": 7}
 
 
 @pytest.fixture(scope="module")
