@@ -49,7 +49,7 @@ class Outcome:
     latency: list[float] = field(default_factory=list)
     """Seconds per scored image."""
     memory: list[int] = field(default_factory=list)
-    """Resident bytes of the service: after a tenth of the time, and at the end."""
+    """Resident bytes of the service after each tenth of the time."""
     seconds: float = 0.0
 
     @property
@@ -85,11 +85,11 @@ async def load(port: int, bodies: Sequence[bytes], clients: int, seconds: float,
             streams[1].close()
 
     async def memory() -> None:
-        await asyncio.sleep(seconds / 10)
-        outcome.memory.append(resident_bytes(process) or 0)
+        for tenth in range(1, 11):
+            await asyncio.sleep(max(0, start + seconds * tenth / 10 - time.perf_counter()))
+            outcome.memory.append(resident_bytes(process) or 0)
 
     await asyncio.gather(memory(), *(client(number) for number in range(clients)))
-    outcome.memory.append(resident_bytes(process) or 0)
     outcome.seconds = time.perf_counter() - start
     return outcome
 
@@ -136,6 +136,15 @@ def detector_rate(run: Path, files: list[Path], seconds: float = 8) -> dict[str,
     return rates
 
 
+def mean_batch(port: int) -> float:
+    """Images per batch since the service started, from its /metrics."""
+    from urllib.request import urlopen
+
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    return float(lines["iqe_jax_batch_size_sum"]) / float(lines["iqe_jax_batch_size_count"])
+
+
 def main(options: Options) -> None:
     """Measure, put under load, measure again, and print."""
     from iqe_jax.config import from_json
@@ -151,6 +160,7 @@ def main(options: Options) -> None:
         seconds = min(options.seconds, 600)
         asyncio.run(load(port, bodies, options.clients, min(2, seconds), process.pid))  # warm
         outcome = asyncio.run(load(port, bodies, options.clients, seconds, process.pid))
+        batch = mean_batch(port)
     finally:
         process.terminate()
         code = process.wait(60)
@@ -166,20 +176,21 @@ def main(options: Options) -> None:
         "images_per_second": rate,
         "detector_images_per_second": {"before": before, "after": after},
         "share_of_detector": {name: rate / value for name, value in detector.items()},
+        "mean_batch": batch,
         "latency_seconds": dict(zip(("median", "p95", "p99"), map(float, quantiles), strict=True)),
         "resident_mb": [round(value / 1e6, 1) for value in outcome.memory],
         "exit_status": code,
     }
     print(f"{options.clients} clients, {outcome.seconds:.1f} s, images of {config.model.image_size} px, batch 16")
     print(f"answered {found['answered']}, refused (503) {found['refused_503']}, failed {found['failed']}")
-    print(f"service   {rate:7.1f} images/s")
+    print(f"service   {rate:7.1f} images/s, {batch:.1f} images a batch")
     for name, value in detector.items():
         print(
             f"Detector  {value:7.1f} images/s from {name} ({before[name]:.1f} before, {after[name]:.1f} after); "
             f"the service has {rate / value:.0%} of it"
         )
     print(f"latency   median {quantiles[0]:.3f} s, 95 % {quantiles[1]:.3f} s, 99 % {quantiles[2]:.3f} s")
-    print(f"memory    {found['resident_mb'][0]} MB after a tenth of the time, {found['resident_mb'][1]} MB at the end")
+    print(f"memory    {' '.join(f'{value:.0f}' for value in found['resident_mb'])} MB after each tenth of the time")
     print(f"exit status on SIGTERM {code}")
     if options.json:
         options.json.write_text(json.dumps(found | {"run": asdict(config)["name"]}, indent=2) + "\n")
