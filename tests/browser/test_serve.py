@@ -68,7 +68,7 @@ def page(service, tmp_path):
         yield driver
         seen = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
         asked = [m["params"]["request"]["url"] for m in seen if m["method"] == "Network.requestWillBeSent"]
-        assert asked and all(url.startswith((service, "data:", "blob:")) for url in asked)
+        assert asked and all(url.startswith((service, "data:", "blob:", "chrome:")) for url in asked)
         # That a refused scan was answered with 422 the browser notes by itself.
         errors = [e for e in driver.get_log("browser") if e["level"] == "SEVERE" and "predict" not in e["message"]]
         assert errors == []
