@@ -145,6 +145,8 @@ def _load_run(directory: Path) -> Detector:
         raise FileNotFoundError(f"{directory} is no run directory: it has no config.json. train.py writes one")
     config = from_json(path.read_text())
     source = directory / "adapter.safetensors"
+    if not source.exists() and config.model.adapter:  # a run that only scored a given one
+        source = Path(config.model.adapter)
     if not source.exists():
         raise FileNotFoundError(f"{directory} has no trained adapter yet: run train.py with its settings to the end")
     model, frozen = load_model(config.model)

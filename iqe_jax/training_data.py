@@ -22,6 +22,12 @@ from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
+NORMALS_ONLY = (
+    "every term of the loss is then least when all is called normal, so nothing would be learnt. Add some anomalous "
+    "images, or train on other sets (--data.shots 0 --data.sources …): for these, normal images alone are enough to "
+    "set a threshold by"
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -72,9 +78,13 @@ def plan(config: Config) -> Plan:
                 f"data.sources is {data.sources}: besides the target {data.dataset} none is left to train on"
             )
         training = {name: load_split(data.root, name, "test") for name in sources}
+        if not any(sample.label for samples in training.values() for sample in samples):
+            raise ValueError(f"the test splits of {', '.join(sources)} hold no anomalous image: {NORMALS_ONLY}")
         support = []
     else:
         valid = load_split(data.root, data.dataset, "valid")
+        if not any(sample.label for sample in valid):
+            raise ValueError(f"the valid split of {data.dataset} holds no anomalous image: {NORMALS_ONLY}")
         if data.support_list:
             support = read_support(data.support_list, valid, row=data.support_row)
             named = [sum(sample.label == label for sample in support) for label in (0, 1)]

@@ -17,7 +17,7 @@ def parse(*arguments):
 
 
 def test_there_is_a_recipe_for_every_set_and_protocol():
-    assert set(config.names()) == REAL | {"phantom_fewshot", "phantom_zeroshot"}
+    assert set(config.names()) == REAL | {"phantom_fewshot", "phantom_zeroshot", "custom_fewshot"}
 
 
 @pytest.mark.parametrize("name", config.names())

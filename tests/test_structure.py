@@ -22,7 +22,14 @@ LAYERS = [
     ["iqe_jax.weights"],
     ["iqe_jax.train_state"],
     ["iqe_jax.features", "iqe_jax.checkpoint", "iqe_jax.evaluator"],
-    ["iqe_jax.training_data", "iqe_jax.detector", "iqe_jax.report", "iqe_jax.report_page", "iqe_jax.scan_maps"],
+    [
+        "iqe_jax.training_data",
+        "iqe_jax.detector",
+        "iqe_jax.report",
+        "iqe_jax.report_page",
+        "iqe_jax.scan_maps",
+        "iqe_jax.ledger",
+    ],
     ["iqe_jax.footprint"],
     ["iqe_jax.chips"],
     ["iqe_jax.scaling"],
@@ -97,7 +104,9 @@ def test_data_sees_no_parameters_and_models_no_files():
     assert {name for name in files if name.startswith("iqe_jax.models")} == set()
 
 
-@pytest.mark.parametrize("path", [*MODULES.values(), ROOT / "train.py", ROOT / "evaluate.py"], ids=str)
+@pytest.mark.parametrize(
+    "path", [*MODULES.values(), ROOT / "train.py", ROOT / "evaluate.py", ROOT / "predict.py"], ids=str
+)
 def test_files_are_short_and_say_what_they_are_for(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 350

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from iqe_jax.data.bmad_builder import Row
 
 Split = Literal["valid", "test"]
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom"})
 _SPLIT_NAMES = {"valid": ("valid", "val"), "test": ("test",)}
 _MASK_NAMES = ("anomaly_mask", "label")
 _NAMED_AT_MOST = 20  # file names in one error message
@@ -77,7 +77,8 @@ def load_split(root: Path, set_name: str, split: Split, *, folder: str | None = 
     Args:
       root: the folder that holds the sets, or a set's own folder.
       set_name: a key of `SETS`, or the name of any folder below `root` of the same shape. A set that is not in `SETS`
-        has masks where the split's anomalous images have a mask folder.
+        has masks where the split's anomalous images have a mask folder, and may have normal images alone where `good`
+        is the split's only folder.
       split: "valid" (also found as `val`) or "test".
       folder: the set's folder below `root`, where it goes by a name that is not in `SETS[set_name].folders`.
 
@@ -106,6 +107,11 @@ def find_folder(root: Path, set_name: str, folder: str | None = None) -> Path:
       ValueError: `root` is itself the folder of a different set, or several sets are in the set's folder.
     """
     if not root.is_dir():
+        if set_name not in SETS:
+            raise FileNotFoundError(
+                f"no data folder at {root}: --data.root has to be the folder of the set {set_name!r}, or the one "
+                "above. See docs/data.md"
+            )
         raise FileNotFoundError(
             f"no data folder at {root}: download the sets (BMAD as MVFA packs them, see docs/data.md) and unpack them "
             "there, or point the data root at the folder that holds Brain_AD, Liver_AD and so on"
@@ -127,7 +133,7 @@ def find_folder(root: Path, set_name: str, folder: str | None = None) -> Path:
         return inner[0]
     if folder is None and _has_split(root):
         others = [key for key, s in SETS.items() if key != set_name and _plain(root.name) in map(_plain, s.folders)]
-        if others:
+        if others and set_name in SETS:  # a set of one's own may lie in a folder of any name
             raise ValueError(
                 f"set {set_name!r} was asked for, but {root} is the folder of {others[0]!r}: "
                 "ask for that set, or give the folder above as the root"
@@ -154,6 +160,8 @@ def _list_split(
         # BMAD's liver archive swaps the two levels: img/good, img/Ungood, label/Ungood.
         within = _child(home, (part,)) or ((swapped := _child(home, ("img",))) and _child(swapped, (part,)))
         if not within:
+            if label and spec is None and [_plain(e) for e in _entries(home) if (home / e).is_dir()] == ["good"]:
+                continue
             shown = ("good", "Ungood")[label]
             raise FileNotFoundError(
                 f"set {set_name!r} has no {shown!r} folder in {home}; it holds {_held(home)}. See docs/data.md"

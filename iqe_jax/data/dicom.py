@@ -68,7 +68,8 @@ def open_dicom(source: Source, window: Window | None, max_pixels: int) -> Scan:
             raise ScanError(f"{name} is a DICOMDIR, an index of other files: give those, or their folder")
         if "Rows" not in header or "Columns" not in header:
             raise ScanError(f"{name} is a DICOM file with no image in it: leave it out")
-        check_size(name, int(header.Rows), int(header.Columns), max_pixels)
+        size = (int(header.Rows), int(header.Columns))
+        check_size(name, *size, max_pixels)
         syntax = UID(header.file_meta.TransferSyntaxUID)
         _check_decoder(name, syntax)
         count = get_nr_frames(header, warn=False)
@@ -79,11 +80,11 @@ def open_dicom(source: Source, window: Window | None, max_pixels: int) -> Scan:
         if int(header.SamplesPerPixel) not in (1, 3):
             raise ScanError(f"{name} has {int(header.SamplesPerPixel)} values per pixel: expected 1 or 3")
 
-    cause = f"or a kind of {_named(syntax)} that needs another decoder ({_DECODERS})" if syntax.is_compressed else ""
+    cause = f", or a kind of {_named(syntax)} that needs another decoder ({_DECODERS})" if syntax.is_compressed else ""
 
     def read(index: int) -> Frame:
         with faults(
-            name, f"has a frame {index} that cannot be decoded: it is damaged, cut short {cause}; get it again"
+            name, f"has a frame {index} that cannot be decoded: it is damaged or cut short{cause}; get it again"
         ):
             if whole is not None:
                 stored = pixel_array(whole, index=index)
@@ -92,7 +93,7 @@ def open_dicom(source: Source, window: Window | None, max_pixels: int) -> Scan:
                     stored = pixel_array(file, index=index)
             return _frame(name, stored, header, index, window)
 
-    return Scan(name, "dicom", count, read, header=header)
+    return Scan(name, "dicom", count, size, read, header=header)
 
 
 def _header(source: Source) -> tuple[Dataset | None, Dataset]:

@@ -95,7 +95,8 @@ def open_nifti(source: Source, window: Window | None, axis: int, max_voxels: int
         with faults(name, "cannot be read as NIfTI: it is damaged or cut short; get it again"):
             return grey(linear(geometry.frame(volume, index).astype(np.float64) * slope + intercept, chosen))
 
-    return Scan(name, "nifti", volume.shape[axis], read, notes, geometry)
+    width, height = (n for a, n in enumerate(volume.shape) if a != axis)
+    return Scan(name, "nifti", volume.shape[axis], (height, width), read, notes, geometry)
 
 
 @contextmanager

@@ -70,6 +70,8 @@ class Scan:
     name: str
     kind: Literal["image", "dicom", "nifti"]
     count: int
+    size: tuple[int, int]
+    """Height and width of a frame; of a TIFF's pages, which may differ, of the first."""
     read: Callable[[int], Frame]
     notes: tuple[str, ...] = ()
     """What was assumed of the file, a sentence each."""
@@ -175,7 +177,8 @@ def _open_image(source: Source, window: Window | None, max_pixels: int) -> Scan:
     """PNG, JPEG and BMP are one frame, a TIFF has one per page. EXIF rotation is not applied, transparency dropped."""
     held = source
     with _image_faults(source.name), source.open() as file, Image.open(file, formats=_FORMATS) as image:
-        check_size(source.name, image.height, image.width, max_pixels)
+        size = (image.height, image.width)
+        check_size(source.name, *size, max_pixels)
         count = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         if count > 1 and isinstance(source.content, Path):
             held = Source(source.content.read_bytes(), source.name)
@@ -190,7 +193,7 @@ def _open_image(source: Source, window: Window | None, max_pixels: int) -> Scan:
             pages.seek(index)
             return _image_frame(pages, source.name, window, max_pixels)
 
-    return Scan(source.name, "image", count, read)
+    return Scan(source.name, "image", count, size, read)
 
 
 def _image_frame(image: Image.Image, name: str, window: Window | None, max_pixels: int) -> Frame:

@@ -1,7 +1,7 @@
 """Opens images and masks as float arrays at the model's side, and augments few-shot images eleven-fold.
 
-Pillow and NumPy only, so that reader threads and processes need nothing else. Which files to open is for bmad.py to
-say, batches are made in pipeline.py.
+Pillow and NumPy only, so that reader threads and processes need nothing else, but for DICOM files, which scans.py
+opens. Which files to open is for bmad.py to say, batches are made in pipeline.py.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,8 @@ def load_image(path: Path, size: int) -> Float32[np.ndarray, "size size 3"]:
 
     Resizing is done in 8 bits, as there. An image that has the size already is not resampled. Transparency is dropped,
     EXIF rotation not applied, of several frames the first taken. 16-bit grey images are brought to 8 bits as
-    value / 257, rounded (of 16-bit colour Pillow keeps the upper 8).
+    value / 257, rounded (of 16-bit colour Pillow keeps the upper 8). DICOM files (.dcm, .dicom) go through their own
+    window to 8 bits, as `scans.open_scan` says.
 
     Raises:
       FileNotFoundError: no such file.
@@ -146,6 +147,10 @@ def _open(path: Path) -> Image.Image:
         raise FileNotFoundError(f"no image file at {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"image {path} is empty (0 bytes): get it again")
+    if path.suffix.lower() in (".dcm", ".dicom"):
+        from iqe_jax.data.scans import open_scan
+
+        return Image.fromarray(np.round(open_scan(path).frame(0) * 255).astype(np.uint8))
     try:
         with Image.open(path) as image:
             # Pillow only warns between one and two times its limit; a warning is lost in a reader process.

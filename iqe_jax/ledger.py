@@ -1,0 +1,232 @@
+"""Which scans are to be predicted, and what is on record of them: the files behind a run of predict.py that can resume.
+
+settings.json    what results depend on; a run with other settings is refused
+scores.jsonl     a line per frame, added file by file in whole lines
+failures.jsonl   a line per file that could not be used in the latest run, which tried it again
+scores.csv       the same as scores.jsonl, made from it at the end
+"""
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iqe_jax.data.scans import SUFFIXES, printable
+
+_COLUMNS = ("file", "frame", "score", "probability", "decision", "heatmap")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to predict: what it is called in messages and results, and by what its results are named and found."""
+
+    path: Path
+    label: str
+    key: str
+
+
+def find(given: Sequence[str], out: Path, redact: bool = False) -> list[Path]:
+    """The files that paths, folders and patterns stand for, each once, in their order; folders are walked sorted.
+
+    In a folder those count that end as scans do, and those of any name that begin as DICOM files do; hidden ones, the
+    results in `out` and DICOMDIR do not. Links to folders are not followed.
+
+    Raises FileNotFoundError where one of `given` stands for no file; under `redact` by its number, not its name.
+    """
+    found: dict[Path, Path] = {}
+    for number, name in enumerate(given, 1):
+        matches = [Path(name)] if Path(name).exists() else _matching(name)
+        files = [file for match in matches for file in (_walk(match, out) if match.is_dir() else [match])]
+        files = [file for file in files if out.resolve() not in file.resolve().parents]
+        if not files:
+            called = f"PATH number {number}" if redact else printable(name)
+            what = "holds no scans" if matches else "is not there, and no file matches it"
+            endings = ", ".join(sorted(SUFFIXES))
+            raise FileNotFoundError(f"{called} {what}: expected a scan, a pattern, or a folder with files in {endings}")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        raise FileNotFoundError("nothing to predict: give at least one PATH")
+    return list(found.values())
+
+
+def _matching(pattern: str) -> list[Path]:
+    """What a pattern such as 'study/**/*.dcm' matches, sorted, hidden files and folders left out."""
+    base = Path(Path(pattern).anchor)
+    matches = base.glob(str(Path(pattern).relative_to(base)))
+    return sorted(path for path in matches if not any(part.startswith(".") for part in path.relative_to(base).parts))
+
+
+def _walk(folder: Path, out: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and (Path(place) / f).resolve() != out.resolve()
+        )
+        for name in sorted(files):
+            path = Path(place) / name
+            if not name.startswith(".") and name != "DICOMDIR" and path.is_file() and _may_be_scan(path):
+                yield path
+
+
+def _may_be_scan(path: Path) -> bool:
+    name = path.name.lower()
+    if path.suffix.lower() in SUFFIXES:
+        return not name.endswith(".gz") or name.endswith(".nii.gz")
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def itemise(paths: Sequence[Path], redact: bool) -> list[Item]:
+    """Names for results: under `redact` numbers, else the path, and a key that no other file or later version has."""
+    if redact:
+        return [Item(path, f"file-{i:05d}", f"file-{i:05d}") for i, path in enumerate(paths, 1)]
+    items = []
+    for path in paths:
+        stem = re.sub(r"[^\w.-]", "_", re.sub(r"(\.nii)?\.[^.]*$", "", path.name), flags=re.ASCII)[:60].strip(".")
+        items.append(Item(path, printable(str(path)), f"{stem or 'scan'}-{_digest([path])[:10]}"))
+    return items
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """A word for files by place, size and time."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        stat = path.stat()
+        hasher.update(os.fsencode(path.resolve()) + f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
+    return hasher.hexdigest()
+
+
+class Ledger:
+    """The results folder. Entering it reads what is there, and drops what a killed run left half."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], items: Sequence[Item]):
+        """The results of `items` under `settings` in the folder `out`, which need not be there."""
+        self.out, self.items, self.failures = out, items, 0
+        # Numbers stand for places in the list, so under --redact the list has to stay the same.
+        files = _digest([item.path for item in items]) if settings["redact"] else None
+        self.settings = {**settings, "files": files}
+        self.done: set[str] = set()
+        """Keys of the files on record."""
+
+    def __enter__(self) -> "Ledger":
+        """Open the folder.
+
+        Raises ValueError where it has results of other settings or a line that is none, FileExistsError where a file
+        is in its place.
+        """
+        from iqe_jax.checkpoint import write_whole
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        stored = self.out / "settings.json"
+        if stored.exists():
+            self._compare(json.loads(stored.read_text()))
+        else:
+            write_whole(stored, json.dumps(self.settings, indent=2) + "\n")
+        path = self.out / "scores.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole, kept = text[: text.rfind("\n") + 1], ""
+        current = {item.label: item.key for item in self.items}
+        for key, lines in _by_file(path, whole).items():
+            records = [record for _, record in lines]
+            complete = len(records) == records[0]["frames"]
+            if complete and current.get(records[0]["file"], key) == key:  # else it was cut short, or the file changed
+                self.done.add(key)
+                kept += "".join(line for line, _ in lines)
+        if kept != text:
+            write_whole(path, kept)
+        self._scores = path.open("ab", buffering=0)
+        self._failures = (self.out / "failures.jsonl").open("wb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._scores.close()
+        self._failures.close()
+
+    def _compare(self, stored: dict[str, Any]) -> None:
+        different = [name for name in self.settings if stored.get(name) != self.settings[name]]
+        if different:
+            short = ", ".join(
+                f"{name} was {stored.get(name)}, now {self.settings[name]}"
+                if name not in ("weights", "calibration", "files")
+                else f"other {name}"
+                for name in different
+            )
+            raise ValueError(
+                f"{self.out} holds results of other settings ({short}); "
+                "give this run another --out, or remove that folder"
+            )
+
+    def record(self, item: Item, frame: int, frames: int, score: float) -> dict[str, Any]:
+        """A line of scores.jsonl, without what comes later."""
+        record = {"file": item.label, "key": item.key, "frame": frame, "frames": frames, "score": round(score, 6)}
+        return {**record, "probability": None, "decision": None, "heatmap": None}
+
+    def add(self, item: Item, records: Sequence[dict[str, Any]]) -> None:
+        """Put all frames of a file on record, in one write."""
+        _append(self._scores, records)
+        self.done.add(item.key)
+
+    def fail(self, item: Item, message: str) -> None:
+        """Put a file that could not be used on record."""
+        self.failures += 1
+        _append(self._failures, [{"file": item.label, "error": message}])
+
+    def write_key(self, path: Path, files: Sequence[Path]) -> None:
+        """The list of numbers and files of a redacted run."""
+        from iqe_jax.checkpoint import write_whole
+
+        rows = [(item.label, printable(str(file))) for item, file in zip(self.items, files, strict=True)]
+        write_whole(path, _table([("number", "file"), *rows]))
+
+    def write_table(self) -> tuple[int, int]:
+        """Write scores.csv, in the order of the files; returns how many frames it has and how many are anomalous."""
+        from iqe_jax.checkpoint import write_whole
+
+        path = self.out / "scores.jsonl"
+        files = _by_file(path, path.read_text(encoding="utf-8"))
+        order = [item.key for item in self.items if item.key in files]
+        order += [key for key in files if key not in set(order)]  # of earlier commands with other paths
+        records = [record for key in order for _, record in files[key]]
+        rows = [["" if record[name] is None else record[name] for name in _COLUMNS] for record in records]
+        write_whole(self.out / "scores.csv", _table([_COLUMNS, *rows]))
+        return len(records), sum(record["decision"] == "anomalous" for record in records)
+
+
+def _by_file(path: Path, text: str) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Lines and their records by key."""
+    files: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            record = json.loads(line)
+            files[record["key"]].append((line, record))
+        except (ValueError, KeyError, TypeError) as fault:
+            raise ValueError(
+                f"{path}, line {number}, is damaged ({fault}): remove that line, its file is done again"
+            ) from fault
+    return files
+
+
+def _append(file: io.FileIO, records: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if file.write(text) != len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV. A cell that a spreadsheet would take for a formula gets the path './' before it."""
+    text = io.StringIO()
+    safe = [[f"./{c}" if isinstance(c, str) and c[:1] in tuple("=+-@") else c for c in row] for row in rows]
+    csv.writer(text, lineterminator="\n").writerows(safe)
+    return text.getvalue()
