@@ -51,6 +51,8 @@ class Outcome:
     memory: list[int] = field(default_factory=list)
     """Resident bytes of the service after each tenth of the time."""
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Processor time that the service took meanwhile, on all cores."""
 
     @property
     def failed(self) -> int:
@@ -63,6 +65,7 @@ async def load(port: int, bodies: Sequence[bytes], clients: int, seconds: float,
     from iqe_jax.batching import resident_bytes
 
     outcome, start = Outcome(), time.perf_counter()
+    cpu = cpu_seconds(process)
 
     async def client(number: int) -> None:
         streams = None
@@ -90,8 +93,17 @@ async def load(port: int, bodies: Sequence[bytes], clients: int, seconds: float,
             outcome.memory.append(resident_bytes(process) or 0)
 
     await asyncio.gather(memory(), *(client(number) for number in range(clients)))
-    outcome.seconds = time.perf_counter() - start
+    outcome.seconds, outcome.cpu_seconds = time.perf_counter() - start, cpu_seconds(process) - cpu
     return outcome
+
+
+def cpu_seconds(process: int) -> float:
+    """Processor time that a process has taken so far; 0 where /proc does not tell."""
+    stat = Path(f"/proc/{process}/stat")
+    if not stat.exists():
+        return 0.0
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 async def _post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> int:
@@ -119,7 +131,9 @@ def start_service(run: Path, *flags: str) -> tuple[subprocess.Popen[str], int]:
 
 
 def detector_rate(run: Path, files: list[Path], seconds: float = 8) -> dict[str, float]:
-    """Images per second of the Detector, in full batches: from files, and of arrays that are ready."""
+    """Images per second of the Detector, in full batches, from files and of arrays that are ready; and milliseconds of
+    processor time per image, all cores together, which other work on the machine moves less.
+    """
     import iqe_jax
 
     detector = iqe_jax.load(run)
@@ -128,11 +142,12 @@ def detector_rate(run: Path, files: list[Path], seconds: float = 8) -> dict[str,
     rates = {}
     for name, images in (("files", batch), ("arrays", arrays)):
         detector(images)
-        count, start = 0, time.perf_counter()
+        count, start, cpu = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - start < seconds:
             detector(images)
             count += len(images)
         rates[name] = count / (time.perf_counter() - start)
+        rates[f"cpu_ms_{name}"] = 1000 * (time.process_time() - cpu) / count
     return rates
 
 
@@ -175,7 +190,8 @@ def main(options: Options) -> None:
         "failed": outcome.failed,
         "images_per_second": rate,
         "detector_images_per_second": {"before": before, "after": after},
-        "share_of_detector": {name: rate / value for name, value in detector.items()},
+        "share_of_detector": {name: rate / detector[name] for name in ("files", "arrays")},
+        "cpu_ms": 1000 * outcome.cpu_seconds / max(outcome.status[200], 1),
         "mean_batch": batch,
         "latency_seconds": dict(zip(("median", "p95", "p99"), map(float, quantiles), strict=True)),
         "resident_mb": [round(value / 1e6, 1) for value in outcome.memory],
@@ -183,12 +199,12 @@ def main(options: Options) -> None:
     }
     print(f"{options.clients} clients, {outcome.seconds:.1f} s, images of {config.model.image_size} px, batch 16")
     print(f"answered {found['answered']}, refused (503) {found['refused_503']}, failed {found['failed']}")
-    print(f"service   {rate:7.1f} images/s, {batch:.1f} images a batch")
-    for name, value in detector.items():
-        print(
-            f"Detector  {value:7.1f} images/s from {name} ({before[name]:.1f} before, {after[name]:.1f} after); "
-            f"the service has {rate / value:.0%} of it"
-        )
+    print(f"service   {rate:7.1f} images/s, {batch:.1f} images a batch, {found['cpu_ms']:.1f} ms of processor an image")
+    for name in ("files", "arrays"):
+        value, cpu = detector[name], detector[f"cpu_ms_{name}"]
+        between = f"{before[name]:.1f} before, {after[name]:.1f} after"
+        share = f"the service has {rate / value:.0%} of it"
+        print(f"Detector  {value:7.1f} images/s from {name} ({between}), {cpu:.1f} ms; {share}")
     print(f"latency   median {quantiles[0]:.3f} s, 95 % {quantiles[1]:.3f} s, 99 % {quantiles[2]:.3f} s")
     print(f"memory    {' '.join(f'{value:.0f}' for value in found['resident_mb'])} MB after each tenth of the time")
     print(f"exit status on SIGTERM {code}")
