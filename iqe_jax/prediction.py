@@ -87,13 +87,15 @@ def run_prediction(options: Options) -> int:
         left = [item for item in items if item.key not in ledger.done]
         if len(left) < len(items):
             console.print(f"{len(items) - len(left)} of {len(items)} files are done already in {options.out}")
-        for sentence in _uncalibrated(fitted, options):
-            console.print(sentence)
+        if fitted is None:
+            console.print(f"{options.run} has no calibration: no probability, no decision. evaluate.py makes it")
+        for sentence in fitted.withheld if fitted else ():
+            console.print(f"The calibration gives {sentence}")
         job = _Job(options, detector, fitted, ledger, weights)
         with Meter("Predicting", len(items), len(items) - len(left)) as meter:
-            for done, failure in enumerate(job.run(left), len(items) - len(left) + 1):
-                if failure is not None:
-                    console.print(f"skipped: {failure}", markup=False, highlight=False)
+            for done, work in enumerate(job.run(left), len(items) - len(left) + 1):
+                for said in [f"skipped: {work.fault}"] if work.fault else work.scan.notes if work.scan else ():
+                    console.print(said, markup=False, highlight=False)
                 meter.update(done, f"{ledger.failures} skipped" if ledger.failures else "")
         frames, anomalous = ledger.write_table()
         said = f"{frames} frames of {len(ledger.done)} files in {options.out}"
@@ -142,13 +144,6 @@ def _settings(options: Options, weights: str, fitted: "Calibration | None") -> d
     }
 
 
-def _uncalibrated(fitted: "Calibration | None", options: Options) -> Iterable[str]:
-    """What is not given and why, a sentence each."""
-    if fitted is None:
-        return [f"{options.run} has no calibration: scores come without probability and decision. evaluate.py makes it"]
-    return [f"The calibration gives {sentence}" for sentence in fitted.withheld]
-
-
 @dataclass
 class _Loaded:
     """A decoded frame on its way to the model, or a fault in its place."""
@@ -192,8 +187,8 @@ class _Job:
         """Draw what the UIDs of redacted objects come from."""
         self._nonce = secrets.token_hex(16)
 
-    def run(self, items: list[Item]) -> Iterator[ScanError | None]:
-        """Work off `items` in order; after each that is done comes its fault, or None."""
+    def run(self, items: list[Item]) -> Iterator[_Work]:
+        """Work off `items` in order, and give each when it is on record."""
         self.pool = ThreadPoolExecutor(self.options.workers, "scans")
         self.detector.batch_size = self.options.batch_size
         complete: list[_Work] = []
@@ -280,8 +275,7 @@ class _Job:
         from iqe_jax import scan_maps
 
         work, pixels = loaded.work, loaded.pixels
-        assert work.scan is not None
-        assert pixels is not None
+        assert work.scan is not None and pixels is not None
         if work.volume is not None:
             work.volume[loaded.index] = np.round(scan_maps.resized(anomaly_map, *work.scan.size) * scan_maps.LEVELS)
             return
@@ -294,7 +288,7 @@ class _Job:
             path = _in(self.options.out, f"dicom/{stem}.dcm")
             scan_maps.write_secondary_capture(path, work.scan, loaded.index, shown, record["score"], origin)
 
-    def _settle(self, work: _Work) -> ScanError | None:
+    def _settle(self, work: _Work) -> _Work:
         """Wait for a file's maps, then put it on record."""
         for write in work.writes:
             try:
@@ -314,7 +308,7 @@ class _Job:
                 raise work.fault
         else:
             self.ledger.add(work.item, work.records)
-        return work.fault
+        return work
 
 
 def _in(out: Path, relative: str) -> Path:

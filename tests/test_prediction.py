@@ -322,9 +322,7 @@ def test_prevalence_and_a_missing_calibration(run, scans, tmp_path, capfd):
     shutil.copytree(run, bare)
     (bare / "calibration.json").unlink()
     assert predict(bare, tmp_path / "out", image) == 0
-    assert "has no calibration: scores come without probability and decision" in capfd.readouterr().err.replace(
-        "\n", " "
-    )
+    assert "has no calibration: no probability, no decision" in capfd.readouterr().err.replace("\n", " ")
     (row,) = table(tmp_path / "out")
     assert (row["probability"], row["decision"]) == ("", "")
 
