@@ -42,6 +42,8 @@ class Options:
     machine do not see."""
     allow_host: tuple[str, ...] = ()
     """Further names that clients may call the service by, as behind a proxy. On loopback only localhost is served."""
+    prevalence: float | None = None
+    """Share of anomalous images where scans come from, for the probability; by default the calibration pool's."""
     log: Literal["none", "requests", "names"] = "requests"
     """What is printed: nothing, a line per request, or with it the names of files, which may be patients'."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
@@ -68,6 +70,7 @@ def serve(options: Options) -> None:
         detector,
         about=about,
         calibrated=calibrated,
+        prevalence=options.prevalence,
         limits=options.limits,
         token=token,
         hosts=hosts,
@@ -91,6 +94,8 @@ def check(options: Options) -> tuple[str | None, tuple[str, ...]]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     if not 0 <= options.port <= 65535:
         raise ValueError(f"--port is {options.port}; expected 0 to 65535")
+    if options.prevalence is not None and not 0 < options.prevalence < 1:
+        raise ValueError(f"--prevalence is {options.prevalence}; it must lie between 0 and 1")
     token = options.token or os.environ.get(TOKEN) or None
     if token is not None and (len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable()):
         raise ValueError(

@@ -88,12 +88,19 @@ def view(
 class Service:
     """One model behind its limits; the its addresses are in web.py."""
 
-    def __init__(self, detector: Detector, calibrated: Calibration | None, limits: Limits, log_name: Log | None):
+    def __init__(
+        self,
+        detector: Detector,
+        calibrated: Calibration | None,
+        limits: Limits,
+        log_name: Log | None,
+        prevalence: float | None = None,
+    ):
         self.detector, self.calibrated, self.limits = detector, calibrated, limits
         self.meters = Meters()
         self.batcher = Batcher(detector, limits.batch_size, limits.wait_ms / 1000, self.meters)
         self.inside, self.bytes = 0, 0
-        self._log_name = log_name
+        self._log_name, self._prevalence = log_name, prevalence
         self._decoders = ThreadPoolExecutor(limits.decoders, "decoder")
 
     @asynccontextmanager
@@ -174,7 +181,7 @@ class Service:
     def _said(self, score: float) -> dict[str, Any]:
         """Probability and decision, as far as the run's calibration gives them."""
         scores = np.array([score])
-        probability = self.calibrated and self.calibrated.probability(scores)
+        probability = self.calibrated and self.calibrated.probability(scores, self._prevalence)
         decision = self.calibrated and self.calibrated.decision(scores)
         return {
             "probability": None if probability is None else float(probability[0]),

@@ -94,6 +94,7 @@ def create_app(
     *,
     about: dict[str, Any],
     calibrated: Calibration | None = None,
+    prevalence: float | None = None,
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Sequence[str] = LOOPBACK_HOSTS,
@@ -106,13 +107,14 @@ def create_app(
         detector: the model.
         about: what /model says, as `iqe_jax.export.describe` makes it.
         calibrated: the run's calibration; without one, answers hold raw scores only.
+        prevalence: share of anomalous images where scans come from; by default that of the calibration's pool.
         limits: see Limits.
         token: what has to follow `Authorization: Bearer`; None asks for nothing.
         hosts: values of the Host header, without port, that are served; "*" serves all.
         log: is given a line for every request, without names of files.
         log_name: is given a line for every scan, with its name.
     """
-    service = Service(detector, calibrated, limits or Limits(), log_name)
+    service = Service(detector, calibrated, limits or Limits(), log_name, prevalence)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

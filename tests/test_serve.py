@@ -19,6 +19,7 @@ from iqe_jax import calibration, export, serve
 from iqe_jax.batching import Histogram, Limits
 from iqe_jax.config import Config
 from iqe_jax.detector import Detector
+from iqe_jax.service import Service
 from iqe_jax.web import create_app
 from tests.runs import small_run
 
@@ -89,6 +90,14 @@ def test_it_says_what_the_detector_says(client, detector, calibrated):
         assert (found["kind"], found["frame"], len(found["frames"])) == ("image", 0, 1)
         assert found["frames"][0]["map"] is None
         assert (found["frames"][0]["height"], found["frames"][0]["width"]) == (50, 40)
+
+
+def test_a_prevalence_moves_the_probability(detector, calibrated):
+    rare = Service(detector, calibrated, LIMITS, None, 0.01)._said(0.45)
+    pool = Service(detector, calibrated, LIMITS, None)._said(0.45)
+    assert 0 < rare["probability"] < pool["probability"] < 1
+    assert rare["probability"] == pytest.approx(calibrated.probability(np.array([0.45]), 0.01)[0])
+    assert Service(detector, None, LIMITS, None)._said(0.45) == {"probability": None, "decision": None}
 
 
 def test_pictures_come_when_asked_for(client, detector):
@@ -351,6 +360,7 @@ def test_a_slow_upload_is_ended(detector):
         ({"host": "0.0.0.0"}, "set \\$IQE_JAX_TOKEN"),
         ({"host": "192.168.1.5"}, "reached from other machines"),
         ({"token": "short"}, "16 plain characters"),
+        ({"prevalence": 1.0}, "--prevalence is 1.0"),
         ({"port": 70000}, "--port is 70000"),
         ({"limits": Limits(max_mb=0)}, "--max-mb is 0"),
     ],
