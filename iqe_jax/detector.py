@@ -61,7 +61,7 @@ class Detector:
             ValueError: an empty sequence, a file that is no image, an array of another shape or type, or values that
                 are not finite or not in [0, 1].
         """
-        arrays, single = self._prepare(images)
+        arrays, single = self.prepare(images)
         scores, maps = [], []
         for start in range(0, len(arrays), self.batch_size):
             batch = arrays[start : start + self.batch_size]
@@ -73,6 +73,11 @@ class Detector:
         score, anomaly_map = np.concatenate(scores), np.concatenate(maps)
         return Prediction(score[0], anomaly_map[0]) if single else Prediction(score, anomaly_map)
 
+    @property
+    def weights(self) -> dict[str, Params]:
+        """The parameter trees: `frozen`, which is CLIP, and `trainable`, the adapter."""
+        return {"frozen": self._frozen, "trainable": self._trainable}
+
     def outputs(self, images: Images) -> dict[str, jax.Array]:
         """Every intermediate for one batch of images (as in a call; a single image is a batch of one), by name.
 
@@ -81,10 +86,13 @@ class Detector:
         `maps_text` (K, B, 2, S, S), normal channel first, `scores_query` and `scores_text` (K, B), `segmentation`
         (B, S, S), `score_zero`, `score_few`, `score_mean`, `score_max` and `score_top` (B).
         """
-        return _outputs(self.model, self._trainable, self._frozen, self._prepare(images)[0])
+        return _outputs(self.model, self._trainable, self._frozen, self.prepare(images)[0])
 
-    def _prepare(self, images: Images) -> tuple[Float[np.ndarray, "batch side side 3"], bool]:
-        """Images as one float array, and whether a single one was given."""
+    def prepare(self, images: Images) -> tuple[Float[np.ndarray, "batch side side 3"], bool]:
+        """Images as one float array at S×S, as a call takes them, and whether a single one was given.
+
+        Raises as a call does.
+        """
         single = isinstance(images, str | Path) or not hasattr(images, "__len__") or getattr(images, "ndim", 4) == 3
         several: Any = [images] if single else images
         if len(several) == 0:

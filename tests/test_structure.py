@@ -29,7 +29,17 @@ LAYERS = [
     ["iqe_jax.scaling"],
     ["iqe_jax.trainer"],
     ["iqe_jax.experiment"],
-    ["iqe_jax.reproduce", "iqe_jax.compare", "iqe_jax.prediction", "iqe_jax.export", "iqe_jax.serve"],
+    [
+        "iqe_jax.reproduce",
+        "iqe_jax.compare",
+        "iqe_jax.prediction",
+        "iqe_jax.export",
+        "iqe_jax.export_loader",
+        "iqe_jax.batching",
+        "iqe_jax.service",
+        "iqe_jax.web",
+        "iqe_jax.serve",
+    ],
 ]
 # The scripts that made the phantoms' CLIP, which train towers and write weights as any user of the library would.
 SCRIPTS = {"iqe_jax.data.phantoms.train_clip"}

@@ -19,7 +19,19 @@ from jaxtyping import Float, Shaped
 from nibabel.fileholders import FileHolder
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from iqe_jax.data.scans import Frame, Scan, ScanError, Source, Window, check_finite, faults, grey, linear, robust
+from iqe_jax.data.scans import (
+    Frame,
+    Scan,
+    ScanError,
+    Source,
+    TooLargeError,
+    Window,
+    check_finite,
+    faults,
+    grey,
+    linear,
+    robust,
+)
 
 _HEADER_AT_MOST = 2**24  # bytes before the voxels, extensions included
 _SAMPLE = 2_000_000  # voxels that percentiles are taken of, evenly spread
@@ -111,7 +123,7 @@ def _stored(file: BinaryIO, name: str, max_voxels: int) -> tuple[np.ndarray, Any
         raise ScanError(f"{name} has shape {shape}: there is nothing in it")
     voxels = int(np.prod(np.array(shape, object)))
     if voxels > max_voxels:
-        raise ScanError(
+        raise TooLargeError(
             f"{name} says it has {' × '.join(map(str, shape))} voxels, more than the {max_voxels} allowed: the file is "
             "damaged, or --max-megapixels has to be raised"
         )

@@ -39,6 +39,10 @@ class ScanError(ValueError):
     """A file that cannot be used; the message is one line that names it, what is wrong and what to do."""
 
 
+class TooLargeError(ScanError):
+    """A file whose header promises more pixels than may be opened."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The bytes of a file, on disk or in memory, and what messages call it."""
@@ -221,7 +225,7 @@ def _image_faults(name: str) -> Iterator[None]:
                 f"{name} is of no kind that is read: expected PNG, JPEG, TIFF, BMP, DICOM or NIfTI"
             ) from None
         except Image.DecompressionBombError:
-            raise ScanError(_too_large(name, "more pixels than Pillow opens")) from None
+            raise TooLargeError(_too_large(name, "more pixels than Pillow opens")) from None
 
 
 # ---------------------------------------------------------------------------- what all kinds share
@@ -252,7 +256,7 @@ def check_size(name: str, height: int, width: int, max_pixels: int) -> None:
     if height < 1 or width < 1:
         raise ScanError(f"{name} is {height}×{width} pixels: there is nothing in it")
     if height * width > max_pixels:
-        raise ScanError(_too_large(name, f"{height}×{width} pixels, more than the {max_pixels} allowed"))
+        raise TooLargeError(_too_large(name, f"{height}×{width} pixels, more than the {max_pixels} allowed"))
 
 
 def _too_large(name: str, what: str) -> str:

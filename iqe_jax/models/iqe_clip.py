@@ -216,7 +216,7 @@ class IqeClip:
         blur = blur_matrix(config.image_size, config.sigma)
         fused = config.fusion_weight * query + (1 - config.fusion_weight) * text
         segmentation = jnp.einsum("Yy,byx,Xx->bYX", blur, fused, blur)
-        pixels = segmentation.reshape(len(segmentation), -1)
+        pixels = segmentation.reshape(segmentation.shape[0], -1)
         return {
             "maps_query": maps_query,
             "maps_text": maps_text,
