@@ -122,8 +122,19 @@ def load_adapter(source: str | Path, iqm_heads: int | None = None) -> dict[str, 
     return to_ours(to_numpy(flatten(read_torch(path)), path), _table(iqm_heads), str(path))[0]
 
 
-def save_adapter(params: Mapping[str, Any], path: str | Path, *, force: bool = False) -> None:
+def read_notes(source: str | Path) -> dict[str, str]:
+    """What the header of an adapter of ours says beside its format; nothing for an official one."""
+    path = Path(source)
+    notes = read_metadata(path) if path.suffix == ".safetensors" else {}
+    return {name: text for name, text in notes.items() if name != "format"}
+
+
+def save_adapter(
+    params: Mapping[str, Any], path: str | Path, *, force: bool = False, notes: Mapping[str, str] | None = None
+) -> None:
     """Write the trainable tree, official if `path` ends in `.pth` (`.pt`, `.bin`), ours if it ends in `.safetensors`.
+
+    `notes` go into the header of ours; an official file has no place for them.
 
     The file appears whole or not at all. Raises FileExistsError where it exists and `force` is not set, and ValueError
     for another suffix or a tree that is no adapter.
@@ -138,7 +149,7 @@ def save_adapter(params: Mapping[str, Any], path: str | Path, *, force: bool = F
 
         tree, _ = check_ours(params, _table(None), "the adapter to save")
         arrays = {name: np.asarray(array, order="C") for name, array in flatten(tree).items()}
-        write_file(path, lambda temporary: save_file(arrays, temporary, {"format": FORMAT}))
+        write_file(path, lambda temporary: save_file(arrays, temporary, {"format": FORMAT, **(notes or {})}))
     else:
         torch = import_torch(path)
         tensors, _ = to_theirs(params, _table(None), "the adapter to save")
@@ -158,7 +169,10 @@ def main(
         force: Replace the output if it exists.
     """
     params = load_adapter(source, iqm_heads)
-    save_adapter(params, out, force=force)
+    notes = read_notes(source)
+    save_adapter(params, out, force=force, notes=notes)
+    if notes and Path(out).suffix != ".safetensors":
+        print(f"{out} has no place for what {source} notes: {notes}")
     levels, width, dim = params["dense"]["kernel"].shape
     heads = params["iqm"]["layer_0"]["attention"]["query"]["kernel"].shape[1]
     layers = sum(name.startswith("layer_") for name in params["iqm"])

@@ -3,6 +3,7 @@
 config.json          every setting of the run
 checkpoints/STEP/    state of the trainable part, the latest two
 adapter.safetensors  the weights that are kept; convert.adapter turns them into an official .pth
+adapter-RULE.safetensors  those that another rule keeps, where several are followed
 kept.json            which weights those are, how they were chosen, and whether training is over
 metrics.jsonl        losses of every step; tensorboard/ holds the same
 """
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 from iqe_jax import processes
-from iqe_jax.config import Config, from_json, to_json
+from iqe_jax.config import Config, Rule, from_json, to_json
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.train_state import TrainState
 from iqe_jax.weights import load_adapter, save_adapter
@@ -43,35 +44,72 @@ class RunDirectory:
 
     def __init__(self, config: Config):
         """Look at `config.directory`. Raises ValueError if a run with other settings is there."""
-        self.config = config
+        self.config, self.rules = config, config.rules
         self.path = config.directory
         kept = self.path / "kept.json"
         self.kept: dict[str, Any] | None = json.loads(kept.read_text()) if kept.exists() else None
-        """What kept.json says: `rule` and `step`, later `metrics` of the choice, `support` and `finished_at`."""
+        """What kept.json says: `rule` and `step`, later `metrics` of the choice, the same of `others` by rule,
+        `support` and `finished_at`."""
         stored = self.path / "config.json"
         if stored.exists():
-            different = _differences(from_json(stored.read_text()), config)
+            before = from_json(stored.read_text())
+            different = _differences(before, config)
             if different:
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({'; '.join(different)}); "
                     "give this one another --run-dir, or remove that directory"
                 )
+            if kept.exists() or (self.path / "checkpoints").exists():
+                self._follow(before.rules)
+
+    def _follow(self, rules: tuple[Rule, ...]) -> None:
+        """Go on with the rules that training was begun with."""
+        if missing := [rule for rule in self.config.rules if rule not in rules]:
+            raise ValueError(
+                f"{self.path} was trained without --eval.protocols {' '.join(missing)}, and a choice of weights cannot "
+                "be made afterwards; give this run another --run-dir, or remove that directory"
+            )
+        self.rules = rules
 
     def claim(self) -> None:
         """Create the directory and write the resolved config. Raises ValueError if not all processes see it then."""
         with processes.together(f"write to {self.path}"):
             if processes.is_main():
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_whole(self.path / "config.json", to_json(self.config))
+                others = tuple(rule for rule in self.rules if rule != self.config.train.keep)
+                asked = dataclasses.replace(self.config.eval, protocols=others) if others else self.config.eval
+                write_whole(self.path / "config.json", to_json(dataclasses.replace(self.config, eval=asked)))
         with processes.together("share the run directory"):
             if not (self.path / "config.json").exists():
                 raise ValueError(f"{self.path}, written by process 0, is not there; --run-dir must be on a shared disk")
 
-    def keep(self, trainable: Params, **facts: Any) -> None:
-        """Make `trainable`, on the host, the kept weights, and note what is known of them."""
+    def adapter(self, rule: str) -> Path:
+        """The file of the weights that `rule` keeps."""
+        return self.path / ("adapter.safetensors" if rule == self.config.train.keep else f"adapter-{rule}.safetensors")
+
+    def facts(self, rule: str) -> dict[str, Any] | None:
+        """What is known of the weights that `rule` keeps; None before there are any."""
+        kept = self.kept or {}
+        if kept.get("rule") == rule:
+            return {name: value for name, value in kept.items() if name != "others"}
+        return kept.get("others", {}).get(rule)
+
+    def keep(self, trainable: Params, rule: str, *, chosen_on: str | None = None, **facts: Any) -> None:
+        """Make `trainable`, on the host, the weights that `rule` keeps, and note what is known of them.
+
+        `chosen_on` names the set whose test data they were chosen on; file and note are marked with it.
+        """
         if processes.is_main():
-            save_adapter(trainable, self.path / "adapter.safetensors")
-        self._note(facts)
+            save_adapter(trainable, self.adapter(rule), chosen_on=chosen_on)
+        if chosen_on:
+            facts["chosen_on_test_data"] = True
+        kept = self.kept or {}
+        others = kept.get("others", {})
+        if rule == self.config.train.keep:
+            kept = {"rule": rule, **facts}
+        else:
+            others = {name: facts if name == rule else others[name] for name in self.rules if name in {*others, rule}}
+        self._note({**kept, "others": others} if others else kept)
 
     def finish(self, total: int, **facts: Any) -> None:
         """Note that training has come to its end after `total` steps."""
@@ -88,9 +126,11 @@ class RunDirectory:
         """The step at which training ended; None before."""
         return (self.kept or {}).get("finished_at")
 
-    def load(self, model: IqeClip) -> Params:
-        """The kept weights. Raises FileNotFoundError or ValueError when they are not there or do not fit."""
-        return load_adapter(model, self.path / "adapter.safetensors")
+    def load(self, model: IqeClip, rule: str | None = None) -> Params:
+        """The weights kept by `rule`, or the run's own. Raises FileNotFoundError or ValueError when they are not there
+        or do not fit.
+        """
+        return load_adapter(model, self.adapter(rule or self.config.train.keep))
 
 
 class Checkpoints:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 MeshAxis = Literal["data", "fsdp", "tensor"]
+Rule = Literal["last", "valid", "paper"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class ModelConfig:
     """Initial weights: drawn, or such that the text branch begins as CLIP's own comparison of patches and templates."""
     fusion_weight: float = 0.8
     """Share of the query maps in the segmentation; the text maps have the rest."""
-    score: Literal["official", "max", "top"] = "official"
+    score: Literal["official", "mean", "max", "top"] = "official"
     """Image score: the official one, which averages over the image and so misses small lesions; the segmentation's
-    maximum; or the mean of its highest hundredth."""
+    mean; its maximum; or the mean of its highest hundredth."""
     sigma: float = 8.0
     """Standard deviation in pixels of the Gaussian blur on the segmentation; 0 turns it off."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
@@ -108,11 +109,11 @@ class TrainConfig:
     """Epochs that `dropout` is on."""
     seed: int = 0
     """Seed of the support draw, the initial weights, the order of batches and dropout."""
-    keep: Literal["last", "valid", "paper"] = "last"
+    keep: Rule = "last"
     """Weights kept: those of the last step, the best on the held-out part of the target's valid pool, or, as the
     official code does and marked wherever shown, the best on the test set."""
     eval_every: int = 1
-    """Epochs between two evaluations when `keep` is valid or paper."""
+    """Epochs between two evaluations when weights are chosen by valid or paper."""
     checkpoint_every: int = 5
     """Epochs between two checkpoints that a stopped run resumes from; the last step is always saved."""
     features: Literal["auto", "memory", "disk"] = "auto"
@@ -133,6 +134,12 @@ class EvalConfig:
 
     batch_size: int = 16
     """Images per step; changes speed, never results."""
+    protocols: tuple[Rule, ...] = ()
+    """Rules of keeping weights to show side by side with `train.keep`, each by the weights it keeps; the run has to be
+    trained with them. paper is marked wherever shown."""
+    seeds: int = 1
+    """Runs to make, with seeds and support draws from `train.seed` on, each in a directory of its own; then a summary
+    with means and intervals is written."""
     heatmaps: int = 8
     """Heat maps written as pictures, half of normal and half of anomalous images; 0 writes none."""
 
@@ -189,6 +196,11 @@ class Config:
         return self.run_dir or Path("runs") / self.name / f"{data.dataset}-k{data.shots}-seed{self.train.seed}"
 
     @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Rules by which weights are kept and shown, the run's own first."""
+        return tuple(dict.fromkeys((self.train.keep, *self.eval.protocols)))
+
+    @property
     def zero_shot(self) -> bool:
         """Whether the target set contributes no training image."""
         return self.data.shots == 0
@@ -227,6 +239,7 @@ def check(config: Config) -> None:
         "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
         "eval.batch_size": config.eval.batch_size,
+        "eval.seeds": config.eval.seeds,
     }
     if train.steps is not None:
         positive["train.steps"] = train.steps

@@ -79,7 +79,7 @@ class Detector:
         `image_features` (B, D), `patch_tokens` (K, B, L, W), `class_tokens` (B, P, D), `query_tokens` (B, 2, D),
         `text_embeddings` (B, 2, D), `dense_features` (K, B, L, D), `query_features` (K, B, 2, D), `maps_query` and
         `maps_text` (K, B, 2, S, S), normal channel first, `scores_query` and `scores_text` (K, B), `segmentation`
-        (B, S, S), `score_zero`, `score_few`, `score_max` and `score_top` (B).
+        (B, S, S), `score_zero`, `score_few`, `score_mean`, `score_max` and `score_top` (B).
         """
         return _outputs(self.model, self._trainable, self._frozen, self._prepare(images)[0])
 

@@ -3,7 +3,11 @@
 Everything that can be missing is looked for before the first image is read.
 """
 
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,36 +18,52 @@ from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
 from iqe_jax.data.transforms import AUGMENTATIONS
-from iqe_jax.evaluator import evaluate
+from iqe_jax.evaluator import evaluate_each
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.processes import Preemption
 from iqe_jax.progress import console, track
 from iqe_jax.sharding import Layout, make_layout
 from iqe_jax.trainer import Trainer
-from iqe_jax.weights import describe, load_adapter, load_model
+from iqe_jax.weights import chosen_on, describe, load_adapter, load_model
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with all its weights, laid out."""
+    """A model with all its weights, laid out; `others` are those that further rules keep."""
 
     model: IqeClip
     frozen: Params
     trainable: Params
+    others: dict[str, Params] = field(default_factory=dict)
 
 
 def run_training(config: Config) -> Trained:
-    """Train the run of `config` to its end, or load it where that was reached before."""
+    """Train the run of `config` to its end, or load it where that was reached before; of several seeds the last."""
+    layout = make_layout(config.mesh)
     with Preemption() as preemption:
-        return _train(config, make_layout(config.mesh), preemption)
+        *_, trained = (_train(run, layout, preemption) for run in seeds(config))
+        return trained
+
+
+def seeds(config: Config) -> Iterator[Config]:
+    """The runs that `config.eval.seeds` asks for, each with a config of its own; a support list gives row after row."""
+    count = config.eval.seeds
+    for i in range(count):
+        seed = config.train.seed + i
+        data, train = config.data, dataclasses.replace(config.train, seed=seed)
+        if data.support_list:
+            data = dataclasses.replace(data, support_row=data.support_row + i)
+        run_dir = config.run_dir / f"seed{seed}" if config.run_dir and count > 1 else config.run_dir
+        alone = dataclasses.replace(config.eval, seeds=1)
+        yield dataclasses.replace(config, data=data, train=train, eval=alone, run_dir=run_dir)
 
 
 def _train(config: Config, layout: Layout, preemption: Preemption) -> Trained:
     _render(config)
     with processes.together("start training"):
         run = RunDirectory(config)
-        plan = training_data.plan(config)
+        plan = training_data.plan(config, run.rules)
     if others := processes.same_everywhere(f"{plan.digest} {to_json(config)}".encode()):
         raise ValueError(f"processes {others} have other settings or training images than process 0")
     with processes.together("load the weights"):
@@ -51,13 +71,19 @@ def _train(config: Config, layout: Layout, preemption: Preemption) -> Trained:
         trainer = Trainer(config, model, frozen, plan, layout, preemption)
     if run.finished_at == trainer.total:
         console.print(f"{run.path} is trained already, {trainer.total} steps")
-        return Trained(model, frozen, trainer.load_kept())
+        return _kept(trainer)
     protocol = "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}"
     console.print(
         f"Training {config.name} ({protocol}) on {len(plan.names)} images of {', '.join(plan.training)}, "
         f"{trainer.total} steps, in {run.path}"
     )
-    return Trained(model, frozen, trainer.train())
+    trainer.train()
+    return _kept(trainer)
+
+
+def _kept(trainer: Trainer) -> Trained:
+    others = {rule: trainer.load_kept(rule) for rule in trainer.config.rules[1:]}
+    return Trained(trainer.model, trainer.frozen, trainer.load_kept(), others)
 
 
 def dry_run(config: Config) -> None:
@@ -90,11 +116,26 @@ def dry_run(config: Config) -> None:
 def run_evaluation(config: Config) -> dict[str, float]:
     """Score the target's test set, print the table, write metrics.json, scores.csv and heat maps; returns the metrics.
 
-    Raises FileNotFoundError or ValueError, saying what to do, when data or weights are not there, or when a
-    zero-shot run has not been trained.
+    Of several seeds it writes a summary too, and returns the means. Raises FileNotFoundError or ValueError, saying what
+    to do, when data or weights are not there, or when a zero-shot run has not been trained.
     """
+    runs, layout = list(seeds(config)), make_layout(config.mesh)
     with Preemption() as preemption:
-        return _evaluate(config, make_layout(config.mesh), preemption)
+        found = [_evaluate(run, layout, preemption) for run in runs]
+    if len(runs) == 1:
+        return found[0]
+    if processes.is_main():
+        summaries = [json.loads((run.directory / "metrics.json").read_text()) for run in runs]
+        report.write_seeds(seeds_file(config), summaries)
+    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+
+
+def seeds_file(config: Config) -> Path:
+    """Where the summary over the seeds of `config` is written: beside their run directories."""
+    first, last = config.train.seed, config.train.seed + config.eval.seeds - 1
+    if config.run_dir:
+        return config.run_dir / f"seeds{first}-{last}.json"
+    return config.directory.with_name(f"{config.data.dataset}-k{config.data.shots}-seeds{first}-{last}.json")
 
 
 def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[str, float]:
@@ -102,12 +143,18 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
     with processes.together("start evaluating"):
         run = RunDirectory(config)
         samples = load_split(config.data.root, config.data.dataset, "test")
+        if config.model.adapter and len(config.rules) > 1:
+            raise ValueError(
+                "eval.protocols is for weights that a run keeps; with model.adapter there is one given set"
+            )
     if config.model.adapter:
         with processes.together("load the weights"):
             model, frozen = load_model(config.model, layout)
             adapter = load_adapter(model, config.model.adapter)
+            seen = chosen_on(config.model.adapter)
         trained = Trained(model, frozen, layout.put(adapter, jax.tree.map(lambda _: layout.replicated, adapter)))
-        kept = {"rule": "given", "adapter": config.model.adapter}
+        given = {"rule": "given", "adapter": config.model.adapter}
+        facts = {"given": {**given, "chosen_on_test_data": True} if seen else given}
     else:
         if run.finished_at is None and config.zero_shot:
             raise FileNotFoundError(
@@ -117,13 +164,15 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         if run.finished_at is None:
             console.print(f"No trained adapter in {run.path}: training it first")
         trained = _train(config, layout, preemption)
-        kept = RunDirectory(config).kept or {}
+        run = RunDirectory(config)
+        facts = {rule: {"rule": rule, **(run.facts(rule) or {})} for rule in config.rules}
     shown = _shown(samples, config.eval.heatmaps)
     size = config.eval.batch_size
     batches = features.stream(trained.model, trained.frozen, samples, size, config.data, layout)
-    evaluation = evaluate(
+    own, *rest = facts
+    evaluations = evaluate_each(
         trained.model,
-        trained.trainable,
+        {own: trained.trainable, **trained.others},
         trained.frozen,
         track(batches, f"Scoring {config.data.dataset}", total=-(-len(samples) // layout.padded(size))),
         zero_shot=config.zero_shot,
@@ -134,8 +183,9 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
     run.claim()
     with processes.together("write the results"):
         if processes.is_main():
-            report.write(config, run.path, samples, evaluation, kept)
-    return evaluation.metrics
+            others = {rule: (evaluations[rule], facts[rule]) for rule in rest}
+            report.write(config, run.path, samples, evaluations[own], facts[own], others)
+    return evaluations[own].metrics
 
 
 def _render(config: Config) -> None:

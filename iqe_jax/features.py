@@ -105,7 +105,7 @@ def stream(
     starts = range(0, len(samples), size)
     local = [_at(samples, start + row) for start in starts for row in layout.rows(size)]
     has_masks = any(sample.mask for sample in samples)
-    return _stream(model, frozen, local, size, has_masks, data, layout)
+    return _stream(model, frozen, local, size, has_masks, data, layout, regions=has_masks)
 
 
 def _at(samples: Sequence[Sample], index: int) -> Sample | None:
@@ -120,6 +120,8 @@ def _stream(
     has_masks: bool,
     data: DataConfig,
     layout: Layout,
+    *,
+    regions: bool = False,
 ) -> Iterator[Batch]:
     """Batches of `size` from this process's rows of all of them, one batch after the other; None is padding."""
     batches = image_batches(
@@ -129,12 +131,13 @@ def _stream(
         workers=data.workers,
         processes=data.processes,
         with_masks=has_masks,
+        with_regions=regions,
     )
     for images in batches:
         with layout.active():
             features = run_tower(model, frozen, layout.place(images["image"], size), layout)
         masks = images["mask"] if has_masks else None
-        rest = layout.place((masks, images["label"], images["weight"]), size)
+        rest = layout.place((masks, images["label"], images["weight"], images.get("region")), size)
         yield Batch(features[0], features[1], *rest)
 
 

@@ -1,25 +1,38 @@
-"""What an evaluation leaves behind: a table on screen, metrics.json, scores.csv, and heat maps as pictures."""
+"""What evaluations leave behind: tables on screen, metrics.json, scores.csv, heat maps, and a summary over seeds."""
 
 import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.transforms import load_image, load_mask
 from iqe_jax.evaluator import Evaluation
+from iqe_jax.metrics import bootstrap, image_metrics, over_seeds
 
+MARKED = "chosen on the TEST SET"
 RULES = {
     "last": "weights of the last step",
     "valid": "best on the held-out part of the target's valid pool",
     "paper": "chosen on the TEST SET, as the official code does: optimistic",
     "given": "the given adapter",
+}
+TITLES = {
+    "image_": "image ",
+    "pixel_": "pixel ",
+    "auroc": "AUROC",
+    "aupro": "AUPRO",
+    "f1_max": "F1-max",
+    "ap": "AP",
+    "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
 }
 PHANTOMS = "rendered phantoms: says nothing about the real data set"
 # Dark blue, blue, cyan, yellow, red: a fixed scale, so that the same value looks the same in every picture.
@@ -27,57 +40,163 @@ _COLOURS = np.array([[0, 0, 80], [0, 60, 255], [0, 220, 220], [255, 230, 0], [22
 
 
 def write(
-    config: Config, directory: Path, samples: Sequence[Sample], evaluation: Evaluation, kept: dict[str, Any]
+    config: Config,
+    directory: Path,
+    samples: Sequence[Sample],
+    evaluation: Evaluation,
+    kept: dict[str, Any],
+    others: Mapping[str, tuple[Evaluation, dict[str, Any]]] | None = None,
 ) -> None:
-    """Print the table and write all files of an evaluation into `directory`."""
-    summary = _summary(config, evaluation, kept)
+    """Print the table and write all files of an evaluation into `directory`.
+
+    `kept` says what weights those are; `others` has evaluations by further rules of keeping weights, with the same.
+    """
+    shown = {kept["rule"]: (evaluation, kept), **(others or {})}
+    summary = _summary(config, evaluation, kept, shown)
     print_table(summary)
-    (directory / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-    with (directory / "scores.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "label", "score"])
-        for sample, score in zip(samples, evaluation.scores, strict=True):
-            rows.writerow([sample.name, sample.label, f"{score:.6f}"])
+    write_whole(directory / "metrics.json", json.dumps(summary, indent=2) + "\n")
+    for rule, (scored, facts) in shown.items():
+        name = "scores.csv" if rule == kept["rule"] else f"scores-{rule}.csv"
+        _write_scores(directory / name, samples, scored, facts)
     if evaluation.maps:
         _write_heatmaps(directory / "heatmaps", config.model.image_size, samples, evaluation)
 
 
-def _summary(config: Config, evaluation: Evaluation, kept: dict[str, Any]) -> dict[str, Any]:
+def on_test_data(facts: Mapping[str, Any]) -> bool:
+    """Whether weights, as kept.json tells of them, were chosen on test data."""
+    return facts["rule"] == "paper" or bool(facts.get("chosen_on_test_data"))
+
+
+def chosen(facts: Mapping[str, Any]) -> str:
+    """How weights were chosen, in words; those chosen on test data say so."""
+    words = RULES[facts["rule"]]
+    return words if facts["rule"] == "paper" or not on_test_data(facts) else f"{words}, {MARKED}"
+
+
+def _write_scores(path: Path, samples: Sequence[Sample], evaluation: Evaluation, facts: Mapping[str, Any]) -> None:
+    reductions = evaluation.reductions
+    weights = facts["rule"] + (", chosen on test data" if on_test_data(facts) else "")
+    lines = io.StringIO()
+    rows = csv.writer(lines, lineterminator="\n")
+    rows.writerow(["image", "label", "score", *(f"score_{name}" for name in reductions), "weights"])
+    for i, sample in enumerate(samples):
+        values = (evaluation.scores[i], *(values[i] for values in reductions.values()))
+        rows.writerow([sample.name, sample.label, *(f"{value:.6f}" for value in values), weights])
+    write_whole(path, lines.getvalue())
+
+
+def _summary(
+    config: Config,
+    evaluation: Evaluation,
+    kept: dict[str, Any],
+    shown: Mapping[str, tuple[Evaluation, dict[str, Any]]],
+) -> dict[str, Any]:
     anomalous = int(evaluation.labels.sum())
+    labels = evaluation.labels
     return {
         "config": config.name,
         "dataset": config.data.dataset,
         "data": PHANTOMS if (config.data.root / MARK).exists() else str(config.data.root),
         "protocol": "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}",
         "seed": config.train.seed,
-        "images": {"normal": len(evaluation.labels) - anomalous, "anomalous": anomalous},
-        "weights": {**kept, "chosen": RULES[kept["rule"]]},
+        "images": {"normal": len(labels) - anomalous, "anomalous": anomalous},
+        "weights": {**kept, "chosen": chosen(kept), "chosen_on_test_data": on_test_data(kept)},
         "image_score": config.model.score,
-        "metrics": {name: None if np.isnan(value) else value for name, value in evaluation.metrics.items()},
+        "metrics": _defined(evaluation.metrics),
+        "intervals": bootstrap(evaluation.scores, labels),
+        "reductions": {name: _defined(image_metrics(x, labels)) for name, x in evaluation.reductions.items()},
+        "rules": {
+            rule: {
+                **_defined(scored.metrics),
+                "intervals": bootstrap(scored.scores, labels),
+                "step": facts.get("step"),
+                "chosen": chosen(facts),
+                "chosen_on_test_data": on_test_data(facts),
+            }
+            for rule, (scored, facts) in shown.items()
+        },
     }
 
 
+def _defined(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else value for name, value in metrics.items()}
+
+
 def print_table(summary: dict[str, Any]) -> None:
-    """The metrics of one evaluation as a table on standard output."""
+    """The metrics of one evaluation as a table on standard output, one column for each rule of keeping weights."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{summary['config']}: {summary['dataset']}, {summary['protocol']}, seed {summary['seed']}")
-    table.add_column("metric", min_width=40)
-    table.add_column("value", justify="right")
-    for name, value in summary["metrics"].items():
-        if name != "pixel_auroc_error":
-            table.add_row(
-                name.replace("_auroc", " AUROC"), "undefined (one class only)" if value is None else f"{value:.4f}"
-            )
+    table.add_column("metric", min_width=20)
+    rules = summary["rules"]
+    for rule, found in rules.items():
+        heading = "value" if len(rules) == 1 else rule
+        table.add_column(f"{heading}\n{MARKED}" if found["chosen_on_test_data"] else heading, justify="right")
+    for name in summary["metrics"]:
+        if not name.endswith("_error"):
+            table.add_row(title(name), *(figure(found, name) for found in rules.values()))
+    for reduction, found in summary["reductions"].items():
+        if reduction != summary["image_score"] and len(rules) == 1:
+            table.add_row(f"image AUROC, score {reduction}", figure(found, "image_auroc"), style="dim")
     images = summary["images"]
-    caption = [f"{images['normal']} normal, {images['anomalous']} anomalous images", summary["weights"]["chosen"]]
+    caption = [f"{images['normal']} normal, {images['anomalous']} anomalous images; in brackets 95 % intervals"]
+    caption += [found["chosen"] if len(rules) == 1 else f"{rule}: {found['chosen']}" for rule, found in rules.items()]
     if summary["image_score"] != "official":
         caption.append(f"image score: {summary['image_score']} of the map, not the official mean")
     if summary["data"] == PHANTOMS:
         caption.append(PHANTOMS)
     table.caption = "\n".join(caption)
     Console().print(table)
+
+
+def title(name: str) -> str:
+    """A metric's name as people write it."""
+    for plain, written in TITLES.items():
+        name = name.replace(plain, written)
+    return name
+
+
+def figure(found: Mapping[str, Any], name: str) -> str:
+    """A figure with its interval, where it has one."""
+    if found.get(name) is None:
+        return "undefined (one class only)"
+    interval = found.get("intervals", {}).get(name)
+    return f"{found[name]:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def seeds_summary(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What evaluations that differ in their seeds alone, as metrics.json holds them, come to together."""
+    first = summaries[0]
+    rules = {}
+    for rule, found in first["rules"].items():
+        names = [name for name in first["metrics"] if not name.endswith("_error")]
+        rules[rule] = {name: _over_seeds([s["rules"][rule][name] for s in summaries]) for name in names}
+        rules[rule] |= {name: found[name] for name in ("chosen", "chosen_on_test_data")}
+    same = {name: first[name] for name in ("config", "dataset", "data", "protocol", "images", "image_score")}
+    return {**same, "seeds": [summary["seed"] for summary in summaries], "rules": rules}
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    mean, interval = over_seeds([float("nan") if value is None else value for value in values])
+    return {"mean": None if np.isnan(mean) else mean, "interval": interval, "values": list(values)}
+
+
+def write_seeds(path: Path, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Print and write `seeds_summary`; returns it."""
+    found = seeds_summary(summaries)
+    write_whole(path, json.dumps(found, indent=2) + "\n")
+    flat: dict[str, Any] = {
+        rule: {
+            **{name: value["mean"] if isinstance(value, dict) else value for name, value in figures.items()},
+            "intervals": {name: value["interval"] for name, value in figures.items() if isinstance(value, dict)},
+        }
+        for rule, figures in found["rules"].items()
+    }
+    names = [name for name, value in next(iter(found["rules"].values())).items() if isinstance(value, dict)]
+    shown = {**found, "metrics": names, "rules": flat, "reductions": {}}
+    print_table({**shown, "seed": f"{found['seeds'][0]} to {found['seeds'][-1]} (mean over seeds)"})
+    return found
 
 
 def _write_heatmaps(directory: Path, size: int, samples: Sequence[Sample], evaluation: Evaluation) -> None:

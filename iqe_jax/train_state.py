@@ -25,13 +25,17 @@ AnyArray = jax.Array | np.ndarray  # made on the host, turned into the device's 
 
 @struct.dataclass
 class Batch:
-    """Kept features of B images with what supervises them. `masks` is None for sets that have none."""
+    """Kept features of B images with what supervises them. `masks` is None for sets that have none.
+
+    `regions` has 1/area of the connected region that a pixel belongs to; only the scoring of a test set needs it.
+    """
 
     patch_tokens: Float[AnyArray, "batch level patch width"]
     image_features: Float[AnyArray, "batch dim"]
     masks: Float[AnyArray, "batch side side"] | None
     labels: Float[AnyArray, " batch"]
     weight: Float[AnyArray, " batch"]
+    regions: Float[AnyArray, "batch side side"] | None = None
 
     def features(self) -> Features:
         """The features as the model takes them, level first."""

@@ -23,7 +23,7 @@ from iqe_jax.processes import Preempted, Preemption
 from iqe_jax.progress import Meter, console
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch, TrainState, create, state_shardings, train_step
-from iqe_jax.weights import load_adapter
+from iqe_jax.weights import chosen_on, load_adapter
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Trainer:
         """
         start_from = self.config.model.adapter
         initial = load_adapter(self.model, start_from) if start_from else None
+        # What starts from weights that were chosen on test data has seen it too.
+        self._seen = chosen_on(start_from) if start_from else None
         state = create(self.model, self.config.train, self.frozen, self.layout, initial)
         self.run.claim()
         with Checkpoints(self.run) as checkpoints:
@@ -70,36 +72,29 @@ class Trainer:
                 check = self.preemption.check
                 sets = training_data.load(self.config, self.plan, self.model, self.frozen, self.layout, check)
                 state = self._loop(state, checkpoints, sets, self._selection_features())
-        if self.config.train.keep == "last":
-            self.run.keep(self.layout.gather(state.trainable), rule="last", step=int(state.step))
+        if "last" in self.run.rules:
+            self.run.keep(self.layout.gather(state.trainable), "last", chosen_on=self._seen, step=int(state.step))
         self.run.finish(self.total, support=[] if self.config.zero_shot else self.plan.names)
         return self.load_kept()
 
-    def load_kept(self) -> Params:
-        """The kept weights, laid out."""
+    def load_kept(self, rule: str | None = None) -> Params:
+        """The weights kept by `rule`, or the run's own, laid out."""
         with processes.together("load the trained weights"):
-            kept = self.run.load(self.model)
+            kept = self.run.load(self.model, rule)
         return self.layout.put(kept, self._shardings)
 
-    def _selection_features(self) -> FeatureSet | None:
-        """Features of the images that weights are chosen by; kept, as they are scored again and again."""
-        selection, settings = self.plan.selection, self.config.train
-        if not selection:
-            return None
-        budget = settings.feature_memory_gb * 1e9
-        return features.of_samples(
-            self.model,
-            self.frozen,
-            selection,
-            self.config,
-            self.layout,
-            title=settings.keep,
-            budget=budget,
-            check=self.preemption.check,
-        )
+    def _selection_features(self) -> dict[str, FeatureSet]:
+        """Features of the images that weights are chosen by, by rule; kept, as they are scored again and again."""
+        budget, kept = self.config.train.feature_memory_gb * 1e9, {}
+        for rule, samples in self.plan.selection.items():
+            settings = {"title": rule, "budget": budget, "check": self.preemption.check}
+            kept[rule] = features.of_samples(self.model, self.frozen, samples, self.config, self.layout, **settings)
+            if isinstance(kept[rule].patch_tokens, np.ndarray):
+                budget -= kept[rule].patch_tokens.nbytes
+        return kept
 
     def _loop(
-        self, state: TrainState, checkpoints: Checkpoints, sets: list[FeatureSet], selection: FeatureSet | None
+        self, state: TrainState, checkpoints: Checkpoints, sets: list[FeatureSet], selection: dict[str, FeatureSet]
     ) -> TrainState:
         """All steps that are left, with a log line each, checkpoints, and the choice of weights between epochs."""
         settings, per_epoch, start = self.config.train, self.order.steps_per_epoch, int(state.step)
@@ -124,9 +119,10 @@ class Trainer:
                 )
                 settle()  # while this step runs, the one before it is written down
                 pending, epoch, last = (step + 1, metrics), (step + 1) / per_epoch, step + 1 == self.total
-                if selection is not None and (last or epoch % settings.eval_every == 0):
+                if selection and (last or epoch % settings.eval_every == 0):
                     settle()
-                    self._choose(state, selection, log)
+                    for rule, images in selection.items():
+                        self._choose(state, rule, images, log)
                 # Last, so that whatever a checkpoint is resumed from has been chosen from and is known to be finite.
                 stop = self.preemption.reached()
                 if last or stop or epoch % settings.checkpoint_every == 0:
@@ -155,18 +151,19 @@ class Trainer:
         images = {samples[i % len(samples)].name for i in chosen.indices[chosen.weight > 0]}
         return f"a batch of {name} with {', '.join(sorted(images))}"
 
-    def _choose(self, state: TrainState, selection: FeatureSet, log: "_Log") -> None:
-        """Keep the present weights if they beat the kept ones by image plus pixel AUROC."""
-        batches = selection.batches(self.config.eval.batch_size, self.layout)
+    def _choose(self, state: TrainState, rule: str, images: FeatureSet, log: "_Log") -> None:
+        """Keep the present weights by `rule` if they beat those it keeps by image plus pixel AUROC."""
+        batches = images.batches(self.config.eval.batch_size, self.layout)
         zero_shot = self.config.zero_shot
         metrics = evaluate(
             self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot, layout=self.layout
         ).metrics
-        log.write_selection(int(state.step), self.config.train.keep, metrics)
-        kept = self.run.kept
+        log.write_selection(int(state.step), rule, metrics)
+        kept = self.run.facts(rule)
         if kept is None or _selection_score(metrics) > _selection_score(kept["metrics"]):
-            trainable = self.layout.gather(state.trainable)
-            self.run.keep(trainable, rule=self.config.train.keep, step=int(state.step), metrics=metrics)
+            trainable, step = self.layout.gather(state.trainable), int(state.step)
+            seen = self.config.data.dataset if rule == "paper" else self._seen
+            self.run.keep(trainable, rule, chosen_on=seen, step=step, metrics=metrics)
 
 
 def _selection_score(metrics: dict[str, float]) -> float:
@@ -220,6 +217,7 @@ class _Log:
         """One line of what the weights after `step` score on the images that `rule` chooses by."""
         if not processes.is_main():
             return
-        self._lines.write(json.dumps({"step": step, rule: metrics}) + "\n")
+        mark = {"chosen_on_test_data": True} if rule == "paper" else {}
+        self._lines.write(json.dumps({"step": step, rule: metrics, **mark}) + "\n")
         for name, value in metrics.items():
-            self._board.add_scalar(f"{rule}/{name}", value, step)
+            self._board.add_scalar(f"{rule}{'_chosen_on_test_data' if mark else ''}/{name}", value, step)

@@ -29,8 +29,8 @@ class Plan:
 
     training: dict[str, list[Sample]]
     """By set: few-shot the support, zero-shot whole test splits."""
-    selection: list[Sample]
-    """Held-out part of the target's valid pool for `keep` valid, the test set for paper, else empty."""
+    selection: dict[str, list[Sample]]
+    """By rule, what weights are chosen on: the held-out part of the target's valid pool, or for paper the test set."""
 
     @property
     def names(self) -> list[str]:
@@ -59,12 +59,12 @@ def render_phantoms(config: Config) -> None:
         phantoms.make_phantoms(config.data.root, [name for name in phantoms.SETS if name in needed])
 
 
-def plan(config: Config) -> Plan:
-    """Find the images of a run.
+def plan(config: Config, rules: Sequence[str] | None = None) -> Plan:
+    """Find the images of a run that follows `rules`, or those of the config.
 
     Raises FileNotFoundError or ValueError, saying what is missing or too few and what to do.
     """
-    data, keep = config.data, config.train.keep
+    data, rules = config.data, config.rules if rules is None else rules
     if config.zero_shot:
         sources = [name for name in data.sources if name != data.dataset]
         if not sources:
@@ -87,17 +87,18 @@ def plan(config: Config) -> Plan:
             support = draw_support(valid, data.shots, config.train.seed)
         training = {data.dataset: support}
 
-    selection = []
-    if keep == "paper":
-        selection = load_split(data.root, data.dataset, "test")
-    elif keep == "valid":
-        selection = held_out(load_split(data.root, data.dataset, "valid"), support)
-        classes = [sum(sample.label == label for sample in selection) for label in (0, 1)]
+    selection = {}
+    if "valid" in rules:
+        selection["valid"] = held_out(load_split(data.root, data.dataset, "valid"), support)
+        classes = [sum(sample.label == label for sample in selection["valid"]) for label in (0, 1)]
         if min(classes) == 0:
+            asked = "train.keep is valid" if config.train.keep == "valid" else "eval.protocols has valid"
             raise ValueError(
-                f"train.keep is valid, but data.shots {data.shots} leaves {classes[0]} normal and {classes[1]} of the "
+                f"{asked}, but data.shots {data.shots} leaves {classes[0]} normal and {classes[1]} of the "
                 f"anomalous images of {data.dataset}'s valid pool to choose by; use fewer shots or --train.keep last"
             )
+    if "paper" in rules:
+        selection["paper"] = load_split(data.root, data.dataset, "test")
     return Plan(training, selection)
 
 

@@ -34,6 +34,9 @@ _PUBLISHED_SIZES = ClipConfig(
 )
 
 
+CHOSEN_ON = "chosen_on_test_data_of"  # in an adapter's header
+
+
 def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeClip, Params]:
     """The model of `config` and CLIP's frozen parameters, laid out, or on the default device where no layout is given.
 
@@ -108,11 +111,22 @@ def read_adapter(source: str | Path, iqm_heads: int | None = None) -> dict[str, 
     return load_adapter(source, iqm_heads)
 
 
-def save_adapter(adapter: Params, path: Path) -> None:
-    """Write a trained adapter, whole or not at all, in place of one that is there."""
+def save_adapter(adapter: Params, path: Path, *, chosen_on: str | None = None) -> None:
+    """Write a trained adapter, whole or not at all, in place of one that is there.
+
+    `chosen_on` names the set whose test data the weights were chosen on, which the file says from then on.
+    """
     from convert.adapter import save_adapter
 
-    save_adapter(jax.tree.map(np.asarray, dict(adapter)), path, force=True)
+    notes = {CHOSEN_ON: chosen_on} if chosen_on else {}
+    save_adapter(jax.tree.map(np.asarray, dict(adapter)), path, force=True, notes=notes)
+
+
+def chosen_on(source: str | Path) -> str | None:
+    """The set whose test data an adapter's weights were chosen on, as its file says; None where it says nothing."""
+    from convert.adapter import read_notes
+
+    return read_notes(source).get(CHOSEN_ON)
 
 
 def adapter_settings(adapter: Params) -> dict[str, int]:

@@ -15,6 +15,7 @@ import train as train_script
 from iqe_jax import config, experiment, features, train_state, trainer
 from iqe_jax.checkpoint import Checkpoints, RunDirectory
 from iqe_jax.data.bmad import load_split
+from iqe_jax.metrics import IMAGE_METRICS
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import load_adapter
 
@@ -221,6 +222,10 @@ def test_a_damaged_checkpoint_is_named(few_shot, tmp_path):
 # ---------------------------------------------------------------------------- which weights are kept
 
 
+def judged(metrics):
+    return metrics["image_auroc"] + metrics["pixel_auroc"]
+
+
 @pytest.mark.parametrize("keep", ["valid", "paper"])
 def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
     seen = []
@@ -229,9 +234,7 @@ def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
 
         def evaluate(model, trainable, *args, **kwargs):
             result = real(model, trainable, *args, **kwargs)
-            seen.append(
-                (sum(v for n, v in result.metrics.items() if "error" not in n), jax.tree.map(np.array, trainable))
-            )
+            seen.append((judged(result.metrics), jax.tree.map(np.array, trainable)))
             return result
 
         patch.setattr(trainer, "evaluate", evaluate)
@@ -239,7 +242,7 @@ def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
     assert len(seen) == 3  # once an epoch
     best = int(np.argmax([score for score, _ in seen]))
     logged = [line[keep] for line in losses(tmp_path) if keep in line]
-    assert [sum(v for n, v in line.items() if "error" not in n) for line in logged] == [score for score, _ in seen]
+    assert [judged(line) for line in logged] == [score for score, _ in seen]
     summary = json.loads((tmp_path / "metrics.json").read_text())
     assert summary["weights"]["step"] == 6 * (best + 1)
     assert summary["weights"]["rule"] == keep
@@ -416,7 +419,8 @@ def test_an_official_checkpoint_is_scored_without_training(few_shot, golden_file
     recipe = dataclasses.replace(few_shot, model=dataclasses.replace(few_shot.model, **golden_settings))
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, adapter=str(golden_files[1])))
     metrics = experiment.run_evaluation(at(recipe, tmp_path))
-    assert set(metrics) == {"image_auroc", "pixel_auroc", "pixel_auroc_error"}
+    pixels = {f"pixel_{name}" for name in ("auroc", "ap", "f1_max", "aupro")}
+    assert set(metrics) == {*IMAGE_METRICS, *pixels, *(f"{name}_error" for name in pixels)}
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import grain
 import numpy as np
@@ -17,7 +17,7 @@ from absl import flags
 from jaxtyping import Float32, Int32
 
 from iqe_jax.data.bmad import Sample
-from iqe_jax.data.transforms import load_image, load_pair
+from iqe_jax.data.transforms import load_image, load_pair, region_shares
 
 _live: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # iterations that have not been dropped
 
@@ -27,6 +27,7 @@ class ImageBatch(TypedDict):
 
     image: Float32[np.ndarray, "batch size size 3"]  # 0 … 1
     mask: Float32[np.ndarray, "batch size size"]  # 0 … 1; zeros where there is none
+    region: NotRequired[Float32[np.ndarray, "batch size size"]]  # see `region_shares`; only if asked for
     label: Float32[np.ndarray, "batch"]  # 1 for an anomaly
     weight: Float32[np.ndarray, "batch"]  # 1 for a sample, 0 for padding
     index: Int32[np.ndarray, "batch"]  # into `samples`
@@ -47,6 +48,7 @@ def image_batches(
     *,
     workers: int,
     with_masks: bool,
+    with_regions: bool = False,
     start: int = 0,
     processes: bool = False,
 ) -> Iterator[ImageBatch]:
@@ -58,6 +60,7 @@ def image_batches(
       batch_size: samples in a batch.
       workers: batches decoded at a time, ahead of use; 0 decodes in the calling thread when a batch is asked for.
       with_masks: whether to open mask files; otherwise all masks are zeros.
+      with_regions: whether to find the connected regions of the masks, for AUPRO.
       start: number of the first batch to give.
       processes: use worker processes and not threads. They take seconds to start, need a main module that can be
         imported (`if __name__ == "__main__":`), and pay off only with many cores and large images.
@@ -74,7 +77,8 @@ def image_batches(
     ):
         if value < least:
             raise ValueError(f"{name} is {value}, must be at least {least}")
-    batches = _image_batches(samples, _Decode(image_size, with_masks), batch_size, workers, start, processes)
+    decode = _Decode(image_size, with_masks, with_regions)
+    batches = _image_batches(samples, decode, batch_size, workers, start, processes)
     _live.add(batches)
     return batches
 
@@ -120,6 +124,7 @@ class _Decode(NamedTuple):
 
     image_size: int
     with_masks: bool
+    with_regions: bool
 
     def __call__(self, image: Path, mask: Path | None) -> tuple[np.ndarray, np.ndarray | None]:
         if self.with_masks and mask is not None:
@@ -140,6 +145,8 @@ class _DecodeBatch(NamedTuple):
             weight=np.zeros(b, np.float32),
             index=np.zeros(b, np.int32),
         )
+        if self.decode.with_regions:
+            batch["region"] = np.zeros((b, s, s), np.float32)
         for slot, row in enumerate(group):
             if row is None:
                 continue
@@ -148,6 +155,8 @@ class _DecodeBatch(NamedTuple):
             batch["image"][slot] = pixels
             if marks is not None:
                 batch["mask"][slot] = marks
+                if "region" in batch:
+                    batch["region"][slot] = region_shares(marks)
             batch["label"][slot], batch["weight"][slot], batch["index"][slot] = label, 1, index
         return batch
 

@@ -209,8 +209,8 @@ class IqeClip:
 
         Returns `maps_query`, `maps_text` (K, B, S, S) in [0, 1]; `segmentation` (B, S, S) in [0, 1], fused and
         blurred; `score_zero` (B) in [0, 2K], the official zero-shot image score; `score_few` (B) in [0, 2], the
-        official few-shot one; `score_max` and `score_top` (B) in [0, 1], the segmentation's maximum and the mean of
-        its highest hundredth.
+        official few-shot one; `score_mean`, `score_max` and `score_top` (B) in [0, 1], the segmentation's mean, its
+        maximum and the mean of its highest hundredth.
         """
         config = self.config
         maps_query, maps_text = self.maps(outputs["logits_query"]), self.maps(outputs["logits_text"])
@@ -223,6 +223,7 @@ class IqeClip:
             "maps_query": maps_query,
             "maps_text": maps_text,
             "segmentation": segmentation,
+            "score_mean": pixels.mean(-1),
             "score_max": pixels.max(-1),
             "score_top": jax.lax.top_k(pixels, -(-pixels.shape[-1] // 100))[0].mean(-1),
             "score_zero": (outputs["scores_query"] + outputs["scores_text"]).sum(0),
