@@ -31,7 +31,7 @@ def text(model: IqeClip, images: int) -> float:
 
 
 def dense(model: IqeClip, images: int) -> float:
-    """Linear layers of the levels, forward: B·K·2·L·W·D. The way back costs as much again, since features are frozen."""
+    """Linear layers of the levels, forward: B·K·2·L·W·D. The way back costs as much again: features are frozen."""
     return float(images * len(model.config.levels) * 2 * model.grid**2 * model.clip.vision_width * model.clip.embed_dim)
 
 

@@ -1,8 +1,8 @@
-"""How fast it is, and against what: `python -m benchmarks.speed` measures every part, against PyTorch where it is there.
+"""How fast it is: `python -m benchmarks.speed` measures every part, against PyTorch where that is there.
 
-Prints one table and the figures that have to hold, and leaves speed.json, speed.md and speed.png. Seconds are medians of
-several repeats, taken in turns with those they are compared with; fractions are of the matrix-product rate that the same
-run measured.
+Prints one table and the figures that have to hold, and leaves speed.json, speed.md and speed.png. Seconds are medians
+of several repeats, taken in turns with those they are compared with; fractions are of the matrix-product rate that the
+same run measured.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Cold start: imports, and the time from the command line to the first training step, first and second time.
 
-Each start is a process of its own with a cache of its own, in which the second finds what the first compiled. Phantoms are
-rendered before, so that neither pays for them.
+Each start is a process of its own with a cache of its own, in which the second finds what the first compiled. Phantoms
+are rendered before, so that neither pays for them.
 """
 
 import os
