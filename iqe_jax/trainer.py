@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 
@@ -135,12 +134,9 @@ class Trainer:
 
     def _batches(self, sets: list[FeatureSet], start: int) -> Iterator[tuple[int, Batch]]:
         """The steps from `start` on with their batches, gathered in threads ahead of their use."""
-        steps = grain.MapDataset.range(start, self.total).map(int)
         settings = self.config.train
         size = self.layout.padded(settings.batch_size // settings.accumulate) * settings.accumulate
-        rows = self.layout.rows(size)
-        batches = steps.map(lambda step: (step, training_data.batch_at(sets, self.order, step, rows)))
-        local = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        local = training_data.batches_ahead(sets, self.order, start, self.total, self.layout.rows(size))
         return ((step, self.layout.place(batch, size)) for step, batch in local)
 
     def _describe(self, step: int) -> str:

@@ -4,7 +4,7 @@ Brings together samples (data/), frozen features (features.py) and the order of 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,3 +151,18 @@ def batch_at(
     there = rows < len(chosen.indices)
     rows = np.where(there, rows, 0)
     return sets[chosen.set_index].batch(chosen.indices[rows], chosen.weight[rows] * there.astype(np.float32))
+
+
+def batches_ahead(
+    sets: Sequence[FeatureSet],
+    order: FewShotBatches | LeaveOneOutBatches,
+    start: int,
+    total: int,
+    rows: Int[np.ndarray, " rows"],
+) -> Iterator[tuple[int, Batch]]:
+    """Steps `start` … `total` with the `rows` of their batches, which threads gather ahead of their use."""
+    import grain
+
+    steps = grain.MapDataset.range(start, total).map(int)
+    batches = steps.map(lambda step: (step, batch_at(sets, order, step, rows)))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

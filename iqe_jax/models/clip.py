@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from iqe_jax.models.layers import Block, LayerNorm, dense, parameter, split
+from iqe_jax.models.layers import Block, LayerNorm, attend_to_all, dense, parameter, split, whole
 
 # The statistics CLIP was trained with; the published IQE-CLIP numbers were made without them.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,7 +77,7 @@ class VisionTower(nn.Module):
         taps = {}
         for i in range(config.vision_layers):
             block = Block(width, config.vision_heads, self.activation, self.dtype, name=f"block_{i}")
-            x = split(block(x, jax.nn.dot_product_attention)[0], "batch", None, None)
+            x = split(block(x, attend_to_all)[0], "batch", None, None)
             taps[i + 1] = x[:, 1:]
         class_token = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
         features = dense(width, config.embed_dim, ("embed", None), name="proj", bias=False, dtype=self.dtype)
@@ -193,10 +193,40 @@ class TextTower(nn.Module):
         for i, block in enumerate(self._blocks):
             if 0 < i < learnable.shape[0]:
                 prefix = prefix.at[:, 1 : 1 + slots].set(learnable[i].astype(self.dtype))
+            if whole():  # one product for all rows reads the weights once, which is what takes the time
+                rows = jnp.concatenate([prefix.reshape(-1, prefix.shape[-1]), x.reshape(-1, x.shape[-1])])
+                rows, _ = block(rows, partial(_attend_merged, prefix=prefix.shape, own=x.shape, visible=visible))
+                prefix, x = _split_rows(rows, prefix.shape, x.shape)
+                continue
             prefix, key_value = block(prefix, partial(jax.nn.dot_product_attention, is_causal=True))
             x, _ = block(x, partial(_attend_to_prefix, prefix=key_value, visible=visible))
             prefix, x = split(prefix, None, None, None), split(x, None, "batch", None, None)
         return x[:, :, -1].swapaxes(0, 1)
+
+
+def _split_rows(
+    rows: Float[Array, "rows *width"], prefix: tuple[int, ...], own: tuple[int, ...]
+) -> tuple[Float[Array, "template prefix *width"], Float[Array, "template batch class *width"]]:
+    """Rows that belong to the prefixes and rows of the images, each with leading axes of their own again."""
+    count = prefix[0] * prefix[1]
+    first, rest = rows[:count], rows[count:]
+    return first.reshape(*prefix[:-1], *first.shape[1:]), rest.reshape(*own[:-1], *rest.shape[1:])
+
+
+def _attend_merged(
+    query: Float[Array, "rows heads head_dim"],
+    key: Float[Array, "rows heads head_dim"],
+    value: Float[Array, "rows heads head_dim"],
+    *,
+    prefix: tuple[int, ...],
+    own: tuple[int, ...],
+    visible: np.ndarray,
+) -> Float[Array, "rows heads head_dim"]:
+    """Attention within the prefixes and from the images' class tokens, whose rows came in one array."""
+    (q, own_q), (k, own_k), (v, own_v) = (_split_rows(rows, prefix, own) for rows in (query, key, value))
+    within = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    after = _attend_to_prefix(own_q, own_k, own_v, prefix=(k, v), visible=visible)
+    return jnp.concatenate([x.reshape(-1, *query.shape[1:]) for x in (within, after)])
 
 
 def _attend_to_prefix(

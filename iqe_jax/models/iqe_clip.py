@@ -175,13 +175,15 @@ class IqeClip:
         query_features = _apply(
             adapter, trainable, prompts.query_tokens, dense_features, text_embeddings, method="queries", rngs=rngs
         )
-        patches = l2_normalise(dense_features)
         # Two channels under a softmax are one difference under a sigmoid; only that difference is ever formed.
         query_axis = jnp.diff(l2_normalise(query_features), axis=-2)[..., 0, :]  # [level, batch, dim]
-        text_axis = jnp.diff(text_embeddings, axis=-2)[..., 0, :]  # [batch, dim]
-        logits_query = split(jnp.einsum("kbld,kbd->kbl", patches, query_axis), None, "batch", None)
-        logits_text = jnp.exp(trainable["prompt_temp"]) * jnp.einsum("kbld,bd->kbl", patches, text_axis)
-        logits_text = split(logits_text, None, "batch", None)
+        text_axis = jnp.exp(trainable["prompt_temp"]) * jnp.diff(text_embeddings, axis=-2)[..., 0, :]  # [batch, dim]
+        axes = jnp.stack([query_axis, jnp.broadcast_to(text_axis, query_axis.shape)], 2)  # [level, batch, 2, dim]
+        # Patches are divided by their length after the product, so that unit ones are never formed.
+        patches = dense_features.astype(jnp.float32)
+        length = jnp.linalg.norm(patches, axis=-1)[:, :, None]  # [level, batch, 1, patch]
+        logits = split(jnp.einsum("kbcd,kbld->kbcl", axes, patches) / length, None, "batch", None, None)
+        logits_query, logits_text = logits[:, :, 0], logits[:, :, 1]
         return {
             "class_tokens": prompts.class_tokens,
             "query_tokens": prompts.query_tokens,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from iqe_jax.models.layers import ACTIVATIONS, Einsum, LayerNorm, dense, parameter, split
+from iqe_jax.models.layers import ACTIVATIONS, Einsum, LayerNorm, dense, merged_product, parameter, split
 
 BERT_EPS = 1e-12
 
@@ -85,7 +85,7 @@ class Projection(nn.Module):
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... heads head_dim"]:
         """Project."""
-        return jnp.einsum("...d,dhe->...he", x.astype(self.dtype), self.kernel()) + self.bias()
+        return merged_product("...d,dhe->...he", x.astype(self.dtype), self.kernel()) + self.bias()
 
 
 class Iqm(nn.Module):

@@ -1,0 +1,205 @@
+"""The parts of the model against plain PyTorch: image tower, prompted text, head, inference, training step.
+
+Weights and images are random, as no figure here depends on them.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from benchmarks import cost, peers
+from benchmarks.measure import Report, flops_of, in_turns
+from iqe_jax.config import Config
+from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateUsage]
+from iqe_jax.footprint import in_bytes
+from iqe_jax.models.iqe_clip import Features, IqeClip
+from iqe_jax.sharding import Layout
+from iqe_jax.train_state import Batch, create, step_program, step_settings
+
+TOWER_SHARE = 0.07  # of the tower's time, for a training step on kept features
+INFERENCE_SHARE = 1.05
+MATRIX_SHARE = {"cpu": 0.8, "gpu": 0.5}
+
+
+def matrix_rate(report: Report, dtype: str, size: int) -> None:
+    """The rate of one large matrix product, which fractions are of."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    # The whole product is wanted, but only a number of it: on a CPU, fresh pages for the result would take their time.
+    times = in_turns({"": partial(jax.jit(lambda a: (a @ a).sum()), a)}, max(report.repeats, 3))[""]
+    row = report.add("matrix product", f"{size} × {size}, {dtype}", times, flops=2.0 * size**3)
+    report.matrix_rate = 2.0 * size**3 / row.median
+
+
+def batch_for_memory(model: IqeClip, device: Any, limit: int = 1024) -> int:
+    """The largest power of two of images, up to `limit`, whose tower fits in 80 % of the memory that is free.
+
+    On a GPU or TPU that is what the device says it has, on a CPU what the machine has free.
+    """
+    stats = device.memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    if free <= 0:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    frozen, side = jax.eval_shape(lambda key: meta.unbox(model.init_frozen(key)), jax.random.key(0)), model.config
+    tower = jax.jit(model.features)
+
+    def needed(size: int) -> int:
+        images = jax.ShapeDtypeStruct((size, side.image_size, side.image_size, 3), jnp.float32)
+        memory: Any = tower.lower({"vision": frozen["vision"]}, images).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+    one, two = needed(1), needed(2)
+    each = max(two - one, 1)
+    fits = max(1, int((0.8 * free - one) // each))
+    return min(limit, 2 ** (fits.bit_length() - 1))
+
+
+@dataclass
+class Parts:
+    """The model with all it takes to run it, on `batch` images."""
+
+    model: IqeClip
+    config: Config
+    layout: Layout
+    batch: int
+    device: str
+
+    def __post_init__(self) -> None:
+        """Draw weights and images, and run the tower once for the features."""
+        model, size, side = self.model, self.batch, self.model.config.image_size
+        draw = np.random.default_rng(0)
+        shapes = jax.eval_shape(lambda key: meta.unbox(model.init_frozen(key)), jax.random.key(0))
+        self.frozen = jax.tree.map(
+            lambda s: jax.device_put(0.02 * draw.standard_normal(s.shape, np.float32)), dict(shapes)
+        )
+        self.images = draw.random((size, side, side, 3), np.float32)
+        self.on_device = jax.device_put(self.images)
+        self.tower = jax.jit(model.features).lower({"vision": self.frozen["vision"]}, self.on_device).compile()
+        self.features: Features = self.tower({"vision": self.frozen["vision"]}, self.on_device)
+        self.masks = (draw.random((size, side, side)) > 0.9).astype(np.float32)
+        self.labels = (np.arange(size) % 2).astype(np.float32)
+        self.trainable = self.state().trainable
+
+    def state(self) -> Any:
+        """A fresh state; a step gives it up."""
+        return create(self.model, self.config.train, self.frozen, self.layout)
+
+    def kept(self) -> Batch:
+        """The features as training keeps them, laid out."""
+        tokens = np.moveaxis(np.asarray(self.features.patch_tokens, np.float32), 0, 1).copy()
+        image_features = np.asarray(self.features.image_features)
+        batch = Batch(tokens, image_features, self.masks, self.labels, np.ones_like(self.labels))
+        return self.layout.place(batch, self.batch)
+
+    def peer_batch(self) -> dict[str, np.ndarray]:
+        """The same for peers.head."""
+        tokens = np.asarray(self.features.patch_tokens, np.float32)
+        image_features = np.asarray(self.features.image_features)
+        masks, labels = self.masks, self.labels
+        return {"patch_tokens": tokens, "image_features": image_features, "masks": masks, "labels": labels}
+
+
+def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
+    """Rows and targets of the sections among `wanted`; calls that are compared are taken in turns."""
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    flops: dict[tuple[str, str], float] = {}
+    model, vision = parts.model, {"vision": parts.frozen["vision"]}
+    device, dtype = ("cuda" if parts.device == "gpu" else parts.device), model.config.dtype
+    # The tower is what the others are measured against.
+    calls["tower", "ours"] = lambda: parts.tower(vision, parts.on_device)
+    flops["tower", "ours"] = cost.tower(model, parts.batch)  # a compiler counts what is in a loop once
+    if torch is not None and "tower" in wanted:
+        calls["tower", "PyTorch"] = peers.tower(model, parts.images, dtype, device)
+        flops["tower", "PyTorch"] = flops["tower", "ours"]
+    if "text" in wanted:
+        _text(parts, calls, flops)
+    if "head" in wanted:
+        head = jax.jit(lambda trainable, frozen, found: _segmented(model, trainable, frozen, found))
+        arguments = (parts.trainable, {"text": parts.frozen["text"]}, parts.features)
+        compiled = head.lower(*arguments).compile()
+        calls["head", "ours"], flops["head", "ours"] = partial(compiled, *arguments), flops_of(compiled)
+    if "inference" in wanted:
+        found = infer.lower(model, parts.trainable, parts.frozen, parts.on_device, False).compile()
+        calls["inference", "ours"] = partial(found, parts.trainable, parts.frozen, parts.on_device)
+        flops["inference", "ours"] = flops["tower", "ours"] + cost.head(model, parts.batch)
+    if "training" in wanted:
+        _training(parts, calls, flops, report)
+    if torch is not None and wanted & {"head", "training"}:
+        peer = peers.head(model, parts.peer_batch(), dtype, device)
+        if "head" in wanted:
+            calls["head", "PyTorch"] = peer["head"]
+        if "training" in wanted:
+            calls["training step, kept features", "PyTorch"] = peer["step"]
+    for (section, name), seconds in in_turns(calls, report.repeats).items():
+        report.add(section, name, seconds, images=parts.batch, flops=flops.get((section, name)))
+    report.facts["batch"] = parts.batch
+    _targets(parts, report)
+
+
+def _segmented(model: IqeClip, trainable: Any, frozen: Any, found: Features) -> Any:
+    prediction = model.predict(model.head(trainable, frozen, found))
+    return prediction["segmentation"], prediction["score_few"]
+
+
+def _text(parts: Parts, calls: Any, flops: Any) -> None:
+    """Prompts and the prompted text tower, forward."""
+    model = parts.model
+
+    def text(trainable: Any, frozen: Any, found: Features) -> jax.Array:
+        return model.head(trainable, frozen, found)["text_embeddings"]  # the compiler drops the rest
+
+    arguments = (parts.trainable, {"text": parts.frozen["text"]}, parts.features)
+    compiled = jax.jit(text).lower(*arguments).compile()
+    calls["text, prompted", "ours"], flops["text, prompted", "ours"] = partial(compiled, *arguments), flops_of(compiled)
+
+
+def _training(parts: Parts, calls: Any, flops: Any, report: Report) -> None:
+    """One Adam step on kept features, and the same with the tower before it."""
+    model, train, layout = parts.model, parts.config.train, parts.layout
+    settings, text = step_settings(model, train, 0.0, layout), {"text": parts.frozen["text"]}
+    kept, holder = parts.kept(), {"state": parts.state()}
+    with layout.active():
+        lowered = step_program.lower(holder["state"], text, kept, **settings)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    report.facts["seconds to compile the training step"] = time.perf_counter() - start
+
+    def step(batch: Batch) -> Any:
+        holder["state"], metrics = compiled(holder["state"], text, batch)
+        return metrics
+
+    def whole() -> Any:
+        found = parts.tower({"vision": parts.frozen["vision"]}, parts.on_device)
+        tokens = jnp.moveaxis(found.patch_tokens, 0, 1).astype(jnp.float32)
+        tokens, image_features = jax.device_put((tokens, found.image_features), layout.batch)
+        return step(kept.replace(patch_tokens=tokens, image_features=image_features))  # pyright: ignore
+
+    name = "training step, kept features"
+    calls[name, "ours"], flops[name, "ours"] = partial(step, kept), flops_of(compiled)
+    calls["training step, with the tower", "ours"] = whole
+    flops["training step, with the tower", "ours"] = flops_of(compiled) + cost.tower(model, parts.batch)
+    memory: Any = compiled.memory_analysis()
+    report.facts["temporaries of the training step"] = in_bytes(memory.temp_size_in_bytes)
+
+
+def _targets(parts: Parts, report: Report) -> None:
+    tower = report.find("tower", "ours")
+    assert tower is not None
+    if (peer := report.find("tower", "PyTorch")) is not None:
+        report.target("tower ÷ PyTorch's tower", tower.median / peer.median, 1.0)
+    if report.matrix_rate and tower.flops:
+        share = tower.flops / tower.median / report.matrix_rate
+        least = MATRIX_SHARE.get(parts.device, MATRIX_SHARE["cpu"])
+        report.target("tower, share of the matrix-product rate", share, least, at_least=True)
+    if (step := report.find("training step, kept features", "ours")) is not None:
+        report.target("training step on kept features ÷ tower", step.median / tower.median, TOWER_SHARE)
+        report.target("seconds to compile the training step", report.facts["seconds to compile the training step"], 60)
+    if (inference := report.find("inference", "ours")) is not None:
+        report.target("inference ÷ tower", inference.median / tower.median, INFERENCE_SHARE)

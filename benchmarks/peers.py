@@ -1,0 +1,89 @@
+"""The same work in plain PyTorch: transformers' CLIP tower, and IQE-CLIP's head written down as the paper states it.
+
+Keys and values are formed, prompts run whole through the text tower, both channels of the logits are upsampled: what
+one writes first. Weights are random, since only the time is looked at. Torch is imported where it is used.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from iqe_jax.models.iqe_clip import IqeClip
+
+
+def torch_or_none(threads: int) -> Any:
+    """The module, set to `threads` threads, or None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    return torch
+
+
+def tower(model: IqeClip, images: np.ndarray, dtype: str, device: str) -> Callable[[], Any]:
+    """A call that runs transformers' CLIP vision tower on `images` (B, S, S, 3), with every block's output."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    clip, size = model.clip, model.config.image_size
+    config = CLIPVisionConfig(
+        hidden_size=clip.vision_width,
+        intermediate_size=4 * clip.vision_width,
+        num_hidden_layers=clip.vision_layers,
+        num_attention_heads=clip.vision_heads,
+        patch_size=clip.patch_size,
+        image_size=size,
+        projection_dim=clip.embed_dim,
+        hidden_act="gelu",
+        attn_implementation="sdpa",
+    )
+    peer = CLIPVisionModelWithProjection(config).eval().to(device, getattr(torch, dtype))
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device, getattr(torch, dtype))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            found = peer(pixel_values=pixels, output_hidden_states=True)
+            _wait(torch, device)
+            return found.image_embeds.float().cpu().numpy()
+
+    return run
+
+
+def _wait(torch: Any, device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def head(model: IqeClip, batch: dict[str, np.ndarray], dtype: str, device: str) -> dict[str, Callable[[], Any]]:
+    """Calls `head` (features to segmentation and scores) and `step` (one Adam step of the adapter) on kept features.
+
+    `batch` has `patch_tokens` (K, B, L, W), `image_features` (B, D), `masks` (B, S, S) and `labels` (B).
+    """
+    import torch
+
+    from benchmarks.torch_head import TextbookHead, loss
+
+    kind = getattr(torch, dtype)
+    peer = TextbookHead(model).to(device, kind)
+    given = {name: torch.from_numpy(np.array(value)).to(device, kind) for name, value in batch.items()}
+    trained = [p for p in peer.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(trained, lr=1e-4, betas=(0.5, 0.999))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            found = peer.segment(peer(given["patch_tokens"], given["image_features"]))
+            _wait(torch, device)
+            return found.float().cpu().numpy()
+
+    def step() -> Any:
+        adam.zero_grad()
+        value = loss(peer, peer(given["patch_tokens"], given["image_features"]), given["masks"], given["labels"])
+        value.backward()
+        adam.step()
+        _wait(torch, device)
+        return value.item()
+
+    return {"head": run, "step": step}

@@ -1,0 +1,87 @@
+"""Pixel metrics at size: memory over hundreds of millions of pixels, error and speed against exact ones.
+
+Scores and masks are drawn, with the ties and the bunching near 0 that anomaly maps have.
+"""
+
+import resource
+import time
+
+import jax
+import numpy as np
+
+from benchmarks.measure import Report, in_turns
+from iqe_jax.pixel_metrics import auroc, average_precision, count, histogram, pixel_metrics, start
+
+SIDE = 240
+LIMIT_MB, LIMIT_ERROR, LIMIT_SPEED = 200, 1e-6, 40
+
+
+def drawn(images: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Maps in [0, 1] and masks of `images` images, with 1/area for the anomalous pixels' one region."""
+    draw = np.random.default_rng(seed)
+    masks = np.zeros((images, SIDE, SIDE), np.float32)
+    for mask in masks:
+        y, x, size = (int(draw.integers(*limits)) for limits in ((0, SIDE - 40), (0, SIDE - 40), (8, 40)))
+        mask[y : y + size, x : x + size] = 1
+    maps = 1 / (1 + np.exp(-(draw.standard_normal(masks.shape, np.float32) - 4 + 2 * masks)))
+    regions = masks / np.maximum(masks.sum((1, 2), keepdims=True), 1)
+    return maps.astype(np.float32), masks, regions
+
+
+def measure(report: Report, pixels: int, sample: int, batch: int) -> None:
+    """All four metrics of `pixels` pixels with the memory they take, and error and speed on a `sample`."""
+    weight = np.ones(batch, np.float32)
+    maps, masks, regions = (jax.device_put(x) for x in drawn(batch, 0))
+    on_device = jax.device_put(weight)
+    counts = jax.block_until_ready(count(start(maps, on_device, regions=True), maps, masks, on_device, regions))
+    pixel_metrics(histogram(counts))  # compiles and imports what is needed, which is not what pixels cost
+
+    def counted() -> object:
+        nonlocal counts
+        counts = count(counts, maps, masks, on_device, regions)
+        return counts
+
+    times = in_turns({"": counted}, report.repeats)[""]
+    report.add("pixel metrics", "counting a batch", times, images=batch, note=f"{SIDE}² pixels an image")
+    del counts
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin, steps = time.perf_counter(), -(-pixels // (batch * SIDE**2))
+    counts = start(maps, on_device, regions=True)
+    for _ in range(steps):
+        counts = jax.block_until_ready(count(counts, maps, masks, on_device, regions))
+    found = pixel_metrics(histogram(counts))
+    seconds = time.perf_counter() - begin
+    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    seen = steps * batch * SIDE**2
+    report.add("pixel metrics", f"{seen / 1e6:.0f} million pixels, all four", [seconds], images=steps * batch)
+    report.target("extra memory of all four pixel metrics", extra, LIMIT_MB, unit=" MB")
+    report.facts["pixel metrics"] = found
+    del counts
+    _against_exact(report, max(1, sample // SIDE**2))
+
+
+def _against_exact(report: Report, images: int) -> None:
+    """AUROC and AP of as many images against scikit-learn's, and how much quicker AUROC is."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    maps, masks, _ = drawn(images, 1)
+    weight = np.ones(images, np.float32)
+    place = [jax.device_put(x) for x in (maps, masks, weight)]
+
+    def ours() -> object:
+        return auroc(histogram(count(start(place[0], place[2], regions=False), *place)))
+
+    times = in_turns({"ours": ours}, report.repeats)["ours"]
+    labels, scores = masks.ravel() > 0.5, maps.ravel()
+    begin = time.perf_counter()
+    exact = float(roc_auc_score(labels, scores))
+    peer = time.perf_counter() - begin
+    size = f"{labels.size / 1e6:.1f} million pixels, AUROC"
+    row = report.add("pixel metrics", size, times, images=images)
+    report.add("pixel metrics", f"{size}, scikit-learn", [peer], images=images)
+    report.target("AUROC, times as fast as scikit-learn", peer / row.median, LIMIT_SPEED, at_least=True)
+    found = histogram(count(start(place[0], place[2], regions=False), *place))
+    report.target("AUROC, difference from the exact one", abs(auroc(found)[0] - exact), LIMIT_ERROR)
+    exact = float(average_precision_score(labels, scores))
+    report.target("AP, difference from the exact one", abs(average_precision(found)[0] - exact), LIMIT_ERROR)
