@@ -22,7 +22,8 @@ def main(argv: list[str]) -> None:
     argv = [word for given in argv for word in SHORT.get(given, (given.replace("--save-maps=", "--eval.save-maps="),))]
     launch, config = cli.parse(argv, program="evaluate.py", description=DESCRIPTION)
     with cli.started(launch, "evaluate.py"):
-        from iqe_jax.experiment import dry_run, run_evaluation
+        from iqe_jax.evaluation import run_evaluation
+        from iqe_jax.experiment import dry_run
 
         (dry_run if launch.dry_run else run_evaluation)(config)
 

@@ -128,7 +128,8 @@ def finished(run: Config) -> bool:
 
 def run_cell(path: Path) -> None:
     """Make the runs that a file of configs lists and that are not finished. This is the process of one cell."""
-    from iqe_jax.experiment import run_evaluation, run_training
+    from iqe_jax.evaluation import run_evaluation
+    from iqe_jax.experiment import run_training
 
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     for run in [from_json(json.dumps(config)) for config in json.loads(path.read_text())]:

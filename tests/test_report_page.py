@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 
 import evaluate as evaluate_script
-from iqe_jax import calibration, config, experiment, report, report_figures, report_page, saved_maps
+from iqe_jax import calibration, config, evaluation, report, report_figures, report_page, saved_maps
 from iqe_jax.data.bmad import load_split
 from iqe_jax.pixel_metrics import Histogram
 from tests.pages import HOSTILE, make_run
@@ -386,7 +386,7 @@ def test_a_disk_without_room_is_found_before_the_work(tmp_path, monkeypatch):
 )
 def test_flags(monkeypatch, flags, report_is, maps_are):
     asked = []
-    monkeypatch.setattr(experiment, "run_evaluation", asked.append)
+    monkeypatch.setattr(evaluation, "run_evaluation", asked.append)
     evaluate_script.main(["--config", "brain_fewshot", *flags])
     assert (asked[0].eval.report, asked[0].eval.save_maps) == (report_is, maps_are)
 
@@ -402,7 +402,7 @@ def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_f
         config.DataConfig(root=tiny_root),
         eval=config.EvalConfig(batch_size=8, heatmaps=2, report=True, save_maps="png16"),
     )
-    experiment.run_evaluation(recipe)
+    evaluation.run_evaluation(recipe)
     samples = load_split(tiny_root, "brain", "test")
     names = saved_maps.file_names([sample.name for sample in samples], "png16")
     maps = []
@@ -429,5 +429,5 @@ def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_f
         config.DataConfig(root=tiny_root),
         eval=config.EvalConfig(batch_size=8, heatmaps=0),
     )
-    experiment.run_evaluation(config_without)
+    evaluation.run_evaluation(config_without)
     assert sorted(path.name for path in (tmp_path / "no").iterdir()) == ["config.json", "metrics.json", "scores.csv"]

@@ -29,6 +29,7 @@ LAYERS = [
     ["iqe_jax.scaling"],
     ["iqe_jax.trainer"],
     ["iqe_jax.experiment"],
+    ["iqe_jax.evaluation"],
     [
         "iqe_jax.reproduce",
         "iqe_jax.compare",

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate as evaluate_script
 import iqe_jax
 import train as train_script
-from iqe_jax import config, experiment, features, train_state, trainer
+from iqe_jax import config, evaluation, experiment, features, train_state, trainer
 from iqe_jax.checkpoint import Checkpoints, RunDirectory
 from iqe_jax.data.bmad import load_split
 from iqe_jax.metrics import IMAGE_METRICS
@@ -57,7 +57,7 @@ def scores(run_dir):
 def trained(few_shot, tmp_path_factory):
     """A finished few-shot run, evaluated."""
     run_dir = tmp_path_factory.mktemp("runs") / "few"
-    experiment.run_evaluation(at(few_shot, run_dir))
+    evaluation.run_evaluation(at(few_shot, run_dir))
     return run_dir
 
 
@@ -84,7 +84,7 @@ def test_a_few_shot_evaluation_trains_first_and_leaves_all_results(few_shot, tra
     assert config.from_json((trained / "config.json").read_text()) == at(few_shot, trained)
 
     capsys.readouterr()
-    experiment.run_evaluation(at(few_shot, trained))  # now only scores
+    evaluation.run_evaluation(at(few_shot, trained))  # now only scores
     shown = capsys.readouterr()
     assert "is trained already" in shown.err.replace("\n", " ")
     assert "image AUROC" in shown.out
@@ -238,7 +238,7 @@ def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
             return result
 
         patch.setattr(trainer, "evaluate", evaluate)
-        metrics = experiment.run_evaluation(at(few_shot, tmp_path, keep=keep))
+        metrics = evaluation.run_evaluation(at(few_shot, tmp_path, keep=keep))
     assert len(seen) == 3  # once an epoch
     best = int(np.argmax([score for score, _ in seen]))
     logged = [line[keep] for line in losses(tmp_path) if keep in line]
@@ -254,7 +254,7 @@ def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
 
 
 def test_a_figure_chosen_on_test_data_says_so_on_screen(few_shot, tmp_path, capsys):
-    experiment.run_evaluation(at(few_shot, tmp_path, keep="paper", steps=1))
+    evaluation.run_evaluation(at(few_shot, tmp_path, keep="paper", steps=1))
     assert "chosen on the TEST SET" in " ".join(capsys.readouterr().out.split())
 
 
@@ -272,7 +272,7 @@ def test_valid_needs_images_that_are_not_support(few_shot, tmp_path):
 
 def test_zero_shot_asks_for_training(zero_shot, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trained adapter in .*train it first: python train.py"):
-        experiment.run_evaluation(at(zero_shot, tmp_path))
+        evaluation.run_evaluation(at(zero_shot, tmp_path))
 
 
 def test_zero_shot_trains_on_the_other_sets_and_scores_the_target(zero_shot, tmp_path):
@@ -282,7 +282,7 @@ def test_zero_shot_trains_on_the_other_sets_and_scores_the_target(zero_shot, tmp
     assert len(log) == 2 * (2 + 2)  # 20 images each of liver and chest, in batches of 16
     with_masks = [line for line in log if "dice" in line]
     assert len(with_masks) == 4  # liver's; chest has no masks
-    experiment.run_evaluation(recipe)
+    evaluation.run_evaluation(recipe)
     detector = iqe_jax.Detector(trained.model, trained.frozen, trained.trainable, zero_shot=True)
     samples = load_split(recipe.data.root, "brain", "test")
     np.testing.assert_allclose(detector([s.image for s in samples]).score, list(scores(tmp_path).values()), atol=2e-5)
@@ -418,7 +418,7 @@ def test_a_dry_run_prints_bytes_and_leaves_nothing(few_shot, tmp_path, capsys):
 def test_an_official_checkpoint_is_scored_without_training(few_shot, golden_files, golden_settings, tmp_path):
     recipe = dataclasses.replace(few_shot, model=dataclasses.replace(few_shot.model, **golden_settings))
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, adapter=str(golden_files[1])))
-    metrics = experiment.run_evaluation(at(recipe, tmp_path))
+    metrics = evaluation.run_evaluation(at(recipe, tmp_path))
     pixels = {f"pixel_{name}" for name in ("auroc", "ap", "f1_max", "aupro")}
     assert set(metrics) == {*IMAGE_METRICS, *pixels, *(f"{name}_error" for name in pixels)}
     assert not (tmp_path / "checkpoints").exists()
@@ -480,7 +480,7 @@ def test_an_unreadable_image_is_named(few_shot, tiny_root, tmp_path):
     (root / "Brain_AD/test/Ungood/img/003.png").write_bytes(b"\x89PNG\r\n")
     recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
     with pytest.raises(ValueError, match=r"Ungood/img/003\.png"):
-        experiment.run_evaluation(at(recipe, tmp_path / "run", steps=1))
+        evaluation.run_evaluation(at(recipe, tmp_path / "run", steps=1))
 
 
 def test_padding_of_a_batch_changes_neither_loss_nor_gradients(golden_model):

@@ -1,7 +1,7 @@
 """Opens images and masks as float arrays at the model's side, and augments few-shot images eleven-fold.
 
-Pillow, NumPy and SciPy only, so that reader threads and processes need nothing else, but for DICOM files, which scans.py
-opens. Which files to open is for bmad.py to say, batches are made in pipeline.py.
+Pillow, NumPy and SciPy only, so that reader threads and processes need nothing else, but for DICOM files, which
+scans.py opens. Which files to open is for bmad.py to say, batches are made in pipeline.py.
 """
 
 from collections.abc import Iterator
