@@ -7,6 +7,7 @@ computes with. Our own form is a `.safetensors` file whose names are the tree's 
     python -m convert.adapter official.pth --out adapter.safetensors --iqm-heads 8
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,6 +130,16 @@ def read_notes(source: str | Path) -> dict[str, str]:
     return {name: text for name, text in notes.items() if name != "format"}
 
 
+def _ordered(file: bytes) -> bytes:
+    """A safetensors file with its notes in order, which the library leaves to chance: equal weights, equal files."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[end:]
+
+
 def save_adapter(
     params: Mapping[str, Any], path: str | Path, *, force: bool = False, notes: Mapping[str, str] | None = None
 ) -> None:
@@ -145,11 +156,12 @@ def save_adapter(
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; choose another name, or pass force (--force) to replace it")
     if path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         tree, _ = check_ours(params, _table(None), "the adapter to save")
         arrays = {name: np.asarray(array, order="C") for name, array in flatten(tree).items()}
-        write_file(path, lambda temporary: save_file(arrays, temporary, {"format": FORMAT, **(notes or {})}))
+        found = _ordered(save(arrays, {"format": FORMAT, **(notes or {})}))
+        write_file(path, lambda temporary: temporary.write_bytes(found))
     else:
         torch = import_torch(path)
         tensors, _ = to_theirs(params, _table(None), "the adapter to save")

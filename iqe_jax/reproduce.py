@@ -155,12 +155,13 @@ def _start(cell: Cell, out: Path) -> None:
     write_whole(listed, json.dumps([json.loads(to_json(run)) for run in cell.runs], indent=2) + "\n")
     with log.open("a") as file:
         line = [sys.executable, "-m", "iqe_jax.reproduce", "--cell", str(listed)]
-        process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait()
-        finally:
-            process.terminate()
-            process.wait()
+        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT) as process:
+            try:
+                while process.poll() is None:  # not wait, which would close the pipe that tells the child of us
+                    time.sleep(0.1)
+            finally:
+                process.terminate()
+            code = process.returncode
     if code == cli.PREEMPTED:
         raise SystemExit(code)
     if code:

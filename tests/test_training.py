@@ -17,7 +17,7 @@ from iqe_jax.checkpoint import Checkpoints, RunDirectory
 from iqe_jax.data.bmad import load_split
 from iqe_jax.metrics import IMAGE_METRICS
 from iqe_jax.sharding import make_layout
-from iqe_jax.weights import load_adapter
+from iqe_jax.weights import chosen_on, load_adapter
 
 LAYOUT = make_layout(config.MeshConfig())
 
@@ -498,3 +498,129 @@ def test_padding_of_a_batch_changes_neither_loss_nor_gradients(golden_model):
 
     one, other = gradient(small), gradient(padded)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, other)
+
+
+# ---------------------------------------------------------------------------- several rules and several seeds
+
+
+def side_by_side(recipe, run_dir, *rules, **train):
+    return dataclasses.replace(
+        at(recipe, run_dir, **train), eval=dataclasses.replace(recipe.eval, protocols=rules, heatmaps=0)
+    )
+
+
+@pytest.fixture(scope="module")
+def followed(few_shot, tmp_path_factory):
+    """A run that follows all three rules, evaluated, and what it showed."""
+    import contextlib
+    import io
+
+    run_dir, shown = tmp_path_factory.mktemp("runs") / "rules", io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "160")
+        experiment.run_evaluation(side_by_side(few_shot, run_dir, "last", "valid", "paper"))
+    return run_dir, shown.getvalue()
+
+
+def test_rules_side_by_side_keep_what_each_keeps_alone(few_shot, trained, followed, tmp_path):
+    run_dir, _ = followed
+    rules = json.loads((run_dir / "metrics.json").read_text())["rules"]
+    assert list(rules) == ["last", "valid", "paper"]
+    assert (run_dir / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
+    experiment.run_evaluation(at(few_shot, tmp_path, keep="paper"))
+    alone = json.loads((tmp_path / "metrics.json").read_text())
+    assert rules["paper"]["image_auroc"] == alone["metrics"]["image_auroc"]
+    assert rules["paper"]["step"] == alone["weights"]["step"]
+    assert (run_dir / "adapter-paper.safetensors").read_bytes() == (tmp_path / "adapter.safetensors").read_bytes()
+    assert [rule["chosen_on_test_data"] for rule in rules.values()] == [False, False, True]
+    best = max(rule["image_auroc"] + rule["pixel_auroc"] for rule in rules.values())
+    assert rules["paper"]["image_auroc"] + rules["paper"]["pixel_auroc"] == pytest.approx(best, abs=1e-6)
+
+
+def test_rules_side_by_side_resume_bit_for_bit(few_shot, followed, tmp_path, monkeypatch):
+    run_dir, _ = followed
+    recipe = side_by_side(few_shot, tmp_path / "run", "valid", "paper", checkpoint_every=2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 8)
+        experiment.run_training(recipe)
+    experiment.run_training(recipe)
+    assert losses(tmp_path / "run") == losses(run_dir)
+    for file in ("kept.json", "adapter.safetensors", "adapter-valid.safetensors", "adapter-paper.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (run_dir / file).read_bytes(), file
+
+
+def test_a_choice_cannot_be_made_afterwards(few_shot, trained, followed):
+    with pytest.raises(ValueError, match=r"was trained without --eval\.protocols valid"):
+        experiment.run_evaluation(side_by_side(few_shot, trained, "valid"))
+    experiment.run_training(side_by_side(few_shot, followed[0], "paper"))  # fewer can be shown
+    assert config.from_json((followed[0] / "config.json").read_text()).rules == ("last", "valid", "paper")
+
+
+def test_paper_is_marked_wherever_it_is_shown(few_shot, followed, tmp_path, monkeypatch, capsys):
+    run_dir, shown = followed
+    heading = next(line for line in shown.splitlines() if "paper" in line)
+    below = shown.splitlines()[shown.splitlines().index(heading) + 1]
+    assert below.index("chosen on the TEST SET") - heading.index("paper") in range(-20, 20)
+    assert "paper: chosen on the TEST SET" in shown
+    with (run_dir / "scores-paper.csv").open() as file:
+        assert {row["weights"] for row in csv.DictReader(file)} == {"paper, chosen on test data"}
+    with (run_dir / "scores.csv").open() as file:
+        assert {row["weights"] for row in csv.DictReader(file)} == {"last"}
+    assert json.loads((run_dir / "kept.json").read_text())["others"]["paper"]["chosen_on_test_data"]
+    chosen = [line for line in losses(run_dir) if "paper" in line]
+    assert len(chosen) == 3
+    assert all(line["chosen_on_test_data"] for line in chosen)
+    # Every JSON file: whatever holds figures under the name paper says so beside them.
+    for path in run_dir.glob("*.json"):
+        for name, found in named(json.loads(path.read_text())):
+            if name == "paper" and isinstance(found, dict):
+                assert found["chosen_on_test_data"] is True, path
+    # The mark goes with the weights, to another run and to what is trained from them.
+    monkeypatch.setenv("COLUMNS", "160")
+    given = dataclasses.replace(few_shot.model, adapter=str(run_dir / "adapter-paper.safetensors"))
+    recipe = dataclasses.replace(at(few_shot, tmp_path / "given"), model=given)
+    capsys.readouterr()
+    experiment.run_evaluation(recipe)
+    assert "the given adapter, chosen on the TEST SET" in capsys.readouterr().out
+    assert json.loads((tmp_path / "given" / "metrics.json").read_text())["weights"]["chosen_on_test_data"] is True
+    experiment.run_training(dataclasses.replace(at(few_shot, tmp_path / "on", steps=1), model=given))
+    assert json.loads((tmp_path / "on" / "kept.json").read_text())["chosen_on_test_data"] is True
+    assert chosen_on(tmp_path / "on" / "adapter.safetensors") == "brain"
+    assert chosen_on(run_dir / "adapter.safetensors") is None
+
+
+def named(tree):
+    """Every (key, value) of nested objects."""
+    for name, value in tree.items() if isinstance(tree, dict) else []:
+        yield name, value
+        yield from named(value)
+
+
+def test_an_evaluation_has_intervals_and_every_reduction(trained):
+    summary = json.loads((trained / "metrics.json").read_text())
+    assert set(summary["intervals"]) == set(IMAGE_METRICS)
+    for name, (low, high) in summary["intervals"].items():
+        assert low <= summary["metrics"][name] <= high
+    assert list(summary["reductions"]) == ["official", "mean", "max", "top"]
+    assert summary["reductions"]["official"]["image_auroc"] == summary["metrics"]["image_auroc"]
+    assert {*IMAGE_METRICS} == set(summary["reductions"]["max"])
+    assert summary["rules"]["last"]["pixel_aupro"] == summary["metrics"]["pixel_aupro"]
+    with (trained / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:7] == [*("image", "label", "score", "score_official", "score_mean", "score_max", "score_top")]
+    assert all(row["score"] == row["score_official"] for row in rows)
+    assert all(float(r["score_mean"]) <= float(r["score_top"]) <= float(r["score_max"]) for r in rows)
+
+
+def test_several_seeds_have_a_directory_each_and_a_summary(few_shot, tmp_path, capsys):
+    asked = dataclasses.replace(few_shot.eval, seeds=2, heatmaps=0)
+    metrics = experiment.run_evaluation(dataclasses.replace(at(few_shot, tmp_path, steps=2, seed=3), eval=asked))
+    runs = [json.loads((tmp_path / f"seed{seed}" / "metrics.json").read_text()) for seed in (3, 4)]
+    assert runs[0]["weights"]["support"] != runs[1]["weights"]["support"]
+    found = json.loads((tmp_path / "seeds3-4.json").read_text())
+    assert found["seeds"] == [3, 4]
+    auroc = found["rules"]["last"]["image_auroc"]
+    assert auroc["values"] == [run["metrics"]["image_auroc"] for run in runs]
+    assert auroc["mean"] == metrics["image_auroc"] == pytest.approx(np.mean(auroc["values"]))
+    assert auroc["interval"][0] <= auroc["mean"] <= auroc["interval"][1]
+    assert "seed 3 to 4 (mean over seeds)" in " ".join(capsys.readouterr().out.split())

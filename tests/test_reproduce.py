@@ -1,0 +1,93 @@
+"""The paper's table on a small set in a process of its own, resumed, and its four forms."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from iqe_jax import reproduce
+
+
+def arguments(root, settings, out):
+    model = ["--model.clip", settings["clip"], "--model.image-size", "40", "--model.levels", "2", "4"]
+    model += ["--model.iqm-layers", "1", "--model.iqm-heads", "4", "--model.iqm-width", "96", "--model.sigma", "2"]
+    asked = ["--data.root", str(root), "--out", str(out), "--sets", "brain", "--shots", "2", "--seeds", "2"]
+    return [*asked, *model, "--train.steps", "1", "--eval.protocols", "paper"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_root, golden_settings, tmp_path_factory):
+    """The command line of a small table, made, and where."""
+    out = tmp_path_factory.mktemp("table")
+    line = arguments(tiny_root, golden_settings, out)
+    reproduce.main(line)
+    return line, out
+
+
+def test_a_table_is_made_in_four_forms_with_every_mark(made):
+    _, out = made
+    found = json.loads((out / "table.json").read_text())
+    last, paper = found["rows"]
+    assert (last["set"], last["protocol"], last["runs"], last["weights"]) == ("brain", "k = 2", 2, "last")
+    runs = [json.loads((out / "runs" / f"brain-k2-seed{i}" / "metrics.json").read_text()) for i in (0, 1)]
+    assert last["metrics"]["image_auroc"]["values"] == [run["metrics"]["image_auroc"] for run in runs]
+    assert last["peak_bytes"] > 1e8
+    assert last["seconds"] > 0
+    assert last["published"] is None  # MVFA-AD's README has no figure for k = 2
+    assert [row["chosen_on_test_data"] for row in (last, paper)] == [False, True]
+    rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
+    assert [row["chosen_on_test_data"] for row in rows] == ["False", "True"]
+    assert float(rows[0]["pixel_aupro_low"]) <= float(rows[0]["pixel_aupro"]) <= float(rows[0]["pixel_aupro_high"])
+    for form in ("md", "tex"):
+        marked = [line for line in (out / f"table.{form}").read_text().splitlines() if "paper, chosen" in line]
+        assert len(marked) == 1
+        assert "chosen on the TEST SET" in marked[0]
+
+
+def test_finished_runs_are_read_back_and_missing_ones_made(made, monkeypatch):
+    line, out = made
+    started = []
+    monkeypatch.setattr(reproduce, "_start", lambda cell, out: started.append(cell.name))
+    before = json.loads((out / "table.json").read_text())["rows"]
+    reproduce.main(line)
+    assert not started
+    assert json.loads((out / "table.json").read_text())["rows"] == before
+    (out / "runs" / "brain-k2-seed1" / "cost.json").unlink()  # as if killed before its end
+    reproduce.main(line)
+    assert started == ["brain-k2"]
+    assert json.loads((out / "table.json").read_text())["rows"][0]["runs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--sets", "knee"), "--sets has knee; there are brain"),
+        (("--seeds", "0"), "must be above 0"),
+        (("--data.root", "nowhere"), "no data folder at nowhere"),
+        (("--train.learning-rate", "1"), "holds a run with other settings"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_run(made, more, message):
+    with pytest.raises(SystemExit, match=message):
+        reproduce.main([*made[0], *more])
+
+
+def test_without_a_choice_all_of_the_papers_table_is_listed():
+    _, listed = reproduce.cells([])
+    assert [cell.name for cell in listed[::6]] == ["brain-k0", "brain-k2", "brain-k4", "brain-k8", "brain-k16"]
+    assert {len(cell.runs) for cell in listed} == {5}
+    assert len({run.directory for cell in listed for run in cell.runs}) == 6 * 5 * 5
+
+
+def test_published_figures_stand_beside_real_data_and_never_beside_phantoms(tmp_path):
+    for phantoms in (False, True):
+        more = ["--phantoms"] if phantoms else []
+        options, listed = reproduce.cells([*more, "--zero-shot", "--out", str(tmp_path / str(phantoms))])
+        options.out.mkdir()
+        reproduce.write_tables(options, listed, "the command")
+        text = (options.out / "table.md").read_text()
+        assert ("0.7863 / 0.7980" in text) != phantoms
+        assert ("MVFA-AD" in text) != phantoms
+        assert ("say nothing about real data" in text) == phantoms
+        assert (reproduce.SOURCE in (options.out / "table.tex").read_text()) != phantoms
