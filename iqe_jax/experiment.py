@@ -153,9 +153,7 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         run = RunDirectory(config)
         samples = load_split(config.data.root, config.data.dataset, "test")
         if config.model.adapter and len(config.rules) > 1:
-            raise ValueError(
-                "eval.protocols is for weights that a run keeps; with model.adapter there is one given set"
-            )
+            raise ValueError("eval.protocols compares weights that a run keeps, but model.adapter gives the weights")
     if config.model.adapter:
         with processes.together("load the weights"):
             model, frozen = load_model(config.model, layout)
