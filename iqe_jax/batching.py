@@ -6,16 +6,18 @@ a batch is computed, and what arrives meanwhile makes the next one. HTTP is the 
 
 import asyncio
 import copy
+import queue
+import threading
+import time
 from bisect import bisect_left
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from iqe_jax.detector import Detector
+from iqe_jax.detector import Detector, Prediction
 
 Result = tuple[float, Float[np.ndarray, "side side"]]
 
@@ -118,23 +120,24 @@ class Batcher:
         sizes = [4**i for i in range(10) if 4**i < batch_size] + [batch_size]
         self._detectors = [_sized(detector, size) for size in sizes]
         self._batch_size, self._wait, self._meters = batch_size, wait, meters
-        self._queue: asyncio.Queue[tuple[np.ndarray, asyncio.Future[Result]]] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, "model")
-        self._worker: asyncio.Task[None] | None = None
+        self._queue: queue.SimpleQueue[tuple[np.ndarray, asyncio.Future[Result]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
         """Compile every batch size, then begin to work."""
+        loop = asyncio.get_running_loop()
         side = self._detectors[0].model.config.image_size
         for detector in self._detectors:
             images = np.zeros((detector.batch_size, side, side, 3), np.float32)
-            await asyncio.get_running_loop().run_in_executor(self._thread, detector, images)
-        self._worker = asyncio.create_task(self._work())
+            await loop.run_in_executor(None, detector, images)
+        self._thread = threading.Thread(target=self._work, args=(loop,), name="model", daemon=True)
+        self._thread.start()
 
     async def stop(self) -> None:
         """Stop working; whoever asks has been answered by then."""
-        if self._worker is not None:
-            self._worker.cancel()
-        self._thread.shutdown()
+        if self._thread is not None:
+            self._queue.put(None)
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     @property
     def waiting(self) -> int:
@@ -145,35 +148,43 @@ class Batcher:
         """Scores and maps (S, S) of images (S, S, 3) in [0, 1]."""
         futures = [asyncio.get_running_loop().create_future() for _ in images]
         for image, future in zip(images, futures, strict=True):
-            self._queue.put_nowait((image, future))
+            self._queue.put((image, future))
         return list(await asyncio.gather(*futures))
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = [await self._queue.get()]
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The model's thread. It takes batches by itself: waiting for the loop would leave the model idle meanwhile."""
+        while (first := self._queue.get()) is not None:
+            batch = [first]
             if self._queue.qsize() < self._batch_size - 1:
-                await asyncio.sleep(self._wait)
+                time.sleep(self._wait)
             while len(batch) < self._batch_size and not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            # Those whose client has gone need no answer.
-            batch = [(image, future) for image, future in batch if not future.done()]
-            if not batch:
-                continue
+                if (following := self._queue.get()) is None:  # told to stop: after this batch
+                    self._queue.put(None)
+                    break
+                batch.append(following)
             images = np.stack([image for image, _ in batch])
             detector = next(d for d in self._detectors if d.batch_size >= len(images))
+            futures = [future for _, future in batch]
             try:
-                found = await loop.run_in_executor(self._thread, detector, images)
+                found = detector(images)
             except Exception as fault:  # memory, say: these requests fail, the service goes on
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(fault)
+                loop.call_soon_threadsafe(_fail, futures, fault)
                 continue
             self._meters.batches.add(len(batch))
             self._meters.images += len(batch)
-            for (_, future), score, anomaly_map in zip(batch, found.score, found.anomaly_map, strict=True):
-                if not future.done():
-                    future.set_result((float(score), anomaly_map))
+            loop.call_soon_threadsafe(_deliver, futures, found)
+
+
+def _fail(futures: list[asyncio.Future[Result]], fault: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(fault)
+
+
+def _deliver(futures: list[asyncio.Future[Result]], found: Prediction) -> None:
+    for future, score, anomaly_map in zip(futures, found.score, found.anomaly_map, strict=True):
+        if not future.done():  # else its client has gone
+            future.set_result((float(score), anomaly_map))
 
 
 def _sized(detector: Detector, batch_size: int) -> Detector:
