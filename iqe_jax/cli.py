@@ -90,6 +90,8 @@ def started(launch: Launch, program: str) -> Iterator[None]:
         # The first start of a recipe compiles for many seconds; every later one, a resumed one too, finds it done.
         if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # else the user has chosen one
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
+            # The many that compile in less than a second add up to several, and are read in milliseconds.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         processes.start(
             launch.distributed, launch.coordinator, launch.processes, launch.process_id, timeout=launch.timeout
         )

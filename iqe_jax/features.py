@@ -151,7 +151,7 @@ def of_arrays(
     layout: Layout,
 ) -> FeatureSet:
     """Features of images already in memory, kept in memory of every process; masks are binarised at > 0.5."""
-    size, dtype = layout.padded(config.train.batch_size), _dtype(config)
+    size, dtype = layout.padded(config.train.batch_size), kept_dtype(config)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for start in track(range(0, len(images), size), "Image tower"):
         batch = images[start : start + size]
@@ -172,7 +172,7 @@ def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> 
 def kept_bytes(model: IqeClip, config: Config, *, masks: bool) -> int:
     """Bytes that are kept of one image, of a set with masks or without."""
     settings = model.config
-    tokens = len(settings.levels) * model.grid**2 * model.clip.vision_width * _dtype(config).itemsize
+    tokens = len(settings.levels) * model.grid**2 * model.clip.vision_width * kept_dtype(config).itemsize
     return tokens + model.clip.embed_dim * 4 + (settings.image_size**2 if masks else 0)
 
 
@@ -206,7 +206,7 @@ def of_samples(
     found = []
     for batch in track(batches, f"Image tower, {title}", total=total):
         check()
-        found.append(layout.gather(_arrays(batch, _dtype(config))))
+        found.append(layout.gather(_arrays(batch, kept_dtype(config))))
     arrays = {name: np.concatenate([part[name] for part in found])[: len(samples)] for name in found[0]}
     return FeatureSet(arrays["patch_tokens"], arrays["image_features"], arrays.get("masks"), labels)
 
@@ -255,7 +255,7 @@ def _on_disk(
                 f"{lost[0]} is not there, though another process wrote it: $IQE_JAX_CACHE must be a folder that all "
                 "processes share, or use --train.features memory"
             )
-        types = {"patch_tokens": _dtype(config), "image_features": np.dtype(np.float32)}
+        types = {"patch_tokens": kept_dtype(config), "image_features": np.dtype(np.float32)}
         if any(sample.mask for sample in samples):
             types["masks"] = np.dtype(np.uint8)
         found = {
@@ -307,7 +307,7 @@ def _fill(
     batches = _stream(model, frozen, local, size, has_masks, config.data, layout)
     for batch in track(batches, f"Image tower, {title}", total=steps):
         check()
-        buffer.append({name: layout.local(x) for name, x in _arrays(batch, _dtype(config)).items()})
+        buffer.append({name: layout.local(x) for name, x in _arrays(batch, kept_dtype(config)).items()})
         while queue and sum(len(part["image_features"]) for part in buffer) >= (count := len(images_of(queue[0]))):
             whole = {name: np.concatenate([part[name] for part in buffer]) for name in buffer[0]}
             shard = queue.pop(0)
@@ -343,5 +343,6 @@ def _key(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Conf
     return hasher.hexdigest()
 
 
-def _dtype(config: Config) -> np.dtype:
+def kept_dtype(config: Config) -> np.dtype:
+    """The type that patch tokens are kept in."""
     return np.dtype(ml_dtypes.bfloat16 if config.train.feature_dtype == "bfloat16" else np.float32)

@@ -21,7 +21,7 @@ from iqe_jax.evaluator import evaluation_step
 from iqe_jax.features import run_tower
 from iqe_jax.models.iqe_clip import IqeClip
 from iqe_jax.sharding import Layout
-from iqe_jax.train_state import Batch, state_shapes, state_shardings, step_program, step_settings
+from iqe_jax.train_state import batch_shapes, state_shapes, state_shardings, step_program, step_settings
 from iqe_jax.weights import frozen_shardings
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -86,7 +86,7 @@ def train_footprint(model: IqeClip, config: Config, layout: Layout, *, masks: bo
     settings = step_settings(model, train, train.dropout, layout)
     state = _abstract(state_shapes(model, settings["rates"]), state_shardings(model, settings["rates"], layout))
     frozen = _frozen(model, layout)
-    batch = _batch(model, layout, size, jnp.dtype(train.feature_dtype), masks=masks)
+    batch = batch_shapes(model, layout, size, jnp.dtype(train.feature_dtype), masks=masks)
     parts = {
         "frozen": held_bytes(frozen),
         "trainable": held_bytes(state.trainable),
@@ -109,7 +109,7 @@ def evaluation_footprints(
     trainable = _abstract(state_shapes(model, rates).trainable, state_shardings(model, rates, layout).trainable)
     frozen = _frozen(model, layout)
     images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32, sharding=layout.batch)
-    batch = _batch(model, layout, size, model.dtype, masks=masks)
+    batch = batch_shapes(model, layout, size, model.dtype, masks=masks)
     parts = {"frozen": held_bytes(frozen), "trainable": held_bytes(trainable)}
     with layout.active():
         tower = run_tower.lower(model, frozen, images, layout)
@@ -135,16 +135,6 @@ def _abstract(boxed: Any, shardings: Any) -> Any:
 
 def _frozen(model: IqeClip, layout: Layout) -> dict[str, Any]:
     return _abstract(jax.eval_shape(model.init_frozen, jax.random.key(0)), frozen_shardings(model, layout))
-
-
-def _batch(model: IqeClip, layout: Layout, size: int, dtype: Any, *, masks: bool) -> Batch:
-    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=layout.batch)
-
-    settings = model.config
-    tokens = array(len(settings.levels), model.grid**2, model.clip.vision_width, dtype=dtype)
-    supervision = array(settings.image_size, settings.image_size) if masks else None
-    return Batch(tokens, array(model.clip.embed_dim), supervision, array(), array())
 
 
 def _compile(name: str, lowered: Any, parts: Mapping[str, int], layout: Layout, size: int) -> Footprint:

@@ -1,5 +1,7 @@
 """One optimiser step as a pure, jitted function of a state, the frozen text tower and a batch of kept features."""
 
+import contextlib
+import threading
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, cast
@@ -40,6 +42,18 @@ class Batch:
     def features(self) -> Features:
         """The features as the model takes them, level first."""
         return Features(jnp.moveaxis(self.patch_tokens, 1, 0), jnp.asarray(self.image_features))
+
+
+def batch_shapes(model: IqeClip, layout: Layout, size: int, dtype: Any, *, masks: bool) -> Batch:
+    """The shapes of a Batch of `size` images with patch tokens of `dtype`, as `Layout.place` lays it out."""
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=layout.batch)
+
+    settings = model.config
+    tokens = array(len(settings.levels), model.grid**2, model.clip.vision_width, dtype=dtype)
+    supervision = array(settings.image_size, settings.image_size) if masks else None
+    return Batch(tokens, array(model.clip.embed_dim), supervision, array(), array())
 
 
 @struct.dataclass
@@ -150,6 +164,36 @@ def train_step(
     """
     with layout.active():
         return step_program(state, frozen, batch, **step_settings(model, config, dropout, layout))
+
+
+def compile_ahead(
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    *,
+    model: IqeClip,
+    config: TrainConfig,
+    dropout: float,
+    layout: Layout,
+) -> threading.Thread:
+    """Compile, in the thread returned, what `train_step` will run on arguments like these, which may be shapes.
+
+    The first step, when it comes, waits for that and finds it done.
+    """
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    arguments = jax.tree.map(shape, (state, frozen, batch))
+
+    def compile_step() -> None:
+        # Were it to fail, the step itself would fail as well, and say so where it is heard.
+        with contextlib.suppress(Exception), layout.active():
+            step_program.lower(*arguments, **step_settings(model, config, dropout, layout)).compile()
+
+    thread = threading.Thread(target=compile_step, name="compile")
+    thread.start()
+    return thread
 
 
 def step_settings(model: IqeClip, config: TrainConfig, dropout: float, layout: Layout) -> dict[str, Any]:

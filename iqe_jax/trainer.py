@@ -4,10 +4,13 @@ Data comes from training_data.py, one step from train_state.py, files go through
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +24,7 @@ from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.processes import Preempted, Preemption
 from iqe_jax.progress import Meter, console
 from iqe_jax.sharding import Layout
-from iqe_jax.train_state import Batch, TrainState, create, state_shardings, train_step
+from iqe_jax.train_state import Batch, TrainState, batch_shapes, compile_ahead, create, state_shardings, train_step
 from iqe_jax.weights import chosen_on, load_adapter
 
 
@@ -69,12 +72,32 @@ class Trainer:
                 console.print(f"Going on from step {int(state.step)} of {self.total} in {self.run.path}")
             if int(state.step) < self.total:
                 check = self.preemption.check
+                compiling = self._compile_ahead(state)
                 sets = training_data.load(self.config, self.plan, self.model, self.frozen, self.layout, check)
-                state = self._loop(state, checkpoints, sets, self._selection_features())
+                selection = self._selection_features()
+                if compiling is not None:
+                    compiling.join()
+                state = self._loop(state, checkpoints, sets, selection)
         if "last" in self.run.rules:
             self.run.keep(self.layout.gather(state.trainable), "last", chosen_on=self._seen, step=int(state.step))
         self.run.finish(self.total, support=[] if self.config.zero_shot else self.plan.names)
         return self.load_kept()
+
+    def _compile_ahead(self, state: TrainState) -> threading.Thread | None:
+        """Compile the first step while images are decoded and the image tower runs; None where processes are several.
+
+        Those have to compile one and the same at a time.
+        """
+        if jax.process_count() > 1:
+            return None
+        settings, layout, epoch = self.config.train, self.layout, int(state.step) // self.order.steps_per_epoch
+        first = list(self.plan.training.values())[self.order[int(state.step)].set_index]
+        size = layout.padded(settings.batch_size // settings.accumulate) * settings.accumulate
+        masks = any(sample.mask for sample in first)
+        batch = batch_shapes(self.model, layout, size, features.kept_dtype(self.config), masks=masks)
+        dropout = settings.dropout if epoch < settings.dropout_epochs else 0.0
+        text = {"text": self.frozen["text"]}
+        return compile_ahead(state, text, batch, model=self.model, config=settings, dropout=dropout, layout=layout)
 
     def load_kept(self, rule: str | None = None) -> Params:
         """The weights kept by `rule`, or the run's own, laid out."""
@@ -174,8 +197,6 @@ class _Log:
         self._clock = time.perf_counter()
 
     def __enter__(self) -> "_Log":
-        from tensorboardX import SummaryWriter
-
         if not processes.is_main():
             return self
         kept = []
@@ -184,13 +205,20 @@ class _Log:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._start]
         self._file.write_text("".join(kept))
         self._lines = self._file.open("a", buffering=1)
-        self._board = SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
         return self
+
+    @cached_property
+    def _board(self) -> Any:
+        """Opened on first use, when a step is running beside it: its import takes as long as JAX's."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
 
     def __exit__(self, *_: object) -> None:
         if processes.is_main():
             self._lines.close()
-            self._board.close()
+            if "_board" in vars(self):
+                self._board.close()
 
     def write(self, step: int, epoch: int, losses: dict[str, float], where: Callable[[], str]) -> None:
         """One line for `step`, or FloatingPointError if its numbers are not finite."""
