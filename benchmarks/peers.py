@@ -38,9 +38,9 @@ def tower(model: IqeClip, images: np.ndarray, dtype: str, device: str) -> Callab
         image_size=size,
         projection_dim=clip.embed_dim,
         hidden_act="gelu",
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
-    peer = CLIPVisionModelWithProjection(config).eval().to(device, getattr(torch, dtype))
+    peer: Any = CLIPVisionModelWithProjection(config).eval().to(device, getattr(torch, dtype))
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device, getattr(torch, dtype))
 
     def run() -> Any:

@@ -59,7 +59,8 @@ def run(options: Options) -> Any:
     from iqe_jax.weights import describe
 
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
-    full, wanted = options.size == "full", set(options.only or SECTIONS)
+    full = options.size == "full"
+    wanted: set[str] = set(options.only or SECTIONS)
     report = Report(options.repeats)
     report.facts |= machine(options)
     torch = peers.torch_or_none(options.threads)
