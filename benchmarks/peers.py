@@ -40,7 +40,8 @@ def tower(model: IqeClip, images: np.ndarray, dtype: str, device: str) -> Callab
         hidden_act="gelu",
         attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
-    peer: Any = CLIPVisionModelWithProjection(config).eval().to(device, getattr(torch, dtype))
+    peer: Any = CLIPVisionModelWithProjection(config)  # its type does not know what transformers wraps `to` in
+    peer = peer.eval().to(device, getattr(torch, dtype))
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device, getattr(torch, dtype))
 
     def run() -> Any:
