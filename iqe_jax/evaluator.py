@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ mean of the highest hundredth."""
 
 OnMaps = Callable[[int, Float[np.ndarray, "batch side side"]], object]
 """Is handed the number of a batch's first image and the segmentations of its images."""
+
+T = TypeVar("T")
 
 AHEAD = 2  # batches that the host may be ahead of the device: enough to keep it busy, few enough to fit
 
@@ -58,6 +61,13 @@ def evaluation_step(
     images = jnp.stack([*scores, jnp.asarray(batch.labels), jnp.asarray(batch.weight)])
     images = jax.lax.with_sharding_constraint(images, layout.replicated)
     return images, jax.lax.with_sharding_constraint(prediction["segmentation"], layout.batch)
+
+
+def _in_turn(x: T) -> T:
+    """`x`, waited for where several processes share CPUs: exchanges of two programs under way at once can lock there."""
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(x)
+    return x
 
 
 @partial(jax.jit, static_argnames="layout")
@@ -129,10 +139,10 @@ class _Scorer:
         """Start a batch, and fetch the scores of one that was started before."""
         layout = self._layout
         with layout.active():
-            images, segmentation = self._score(batch=batch)
+            images, segmentation = _in_turn(self._score(batch=batch))
             size = len(segmentation)
             places = {i: i - self._first for i in keep_maps if self._first <= i < self._first + size}
-            maps = {i: _one(segmentation, place, layout) for i, place in places.items()}
+            maps = {i: _in_turn(_one(segmentation, place, layout)) for i, place in places.items()}
         if batch.masks is not None:
             if self._counts is None:
                 regions = batch.regions is not None

@@ -518,7 +518,7 @@ def followed(few_shot, tmp_path_factory):
     run_dir, shown = tmp_path_factory.mktemp("runs") / "rules", io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "160")
-        experiment.run_evaluation(side_by_side(few_shot, run_dir, "last", "valid", "paper"))
+        evaluation.run_evaluation(side_by_side(few_shot, run_dir, "last", "valid", "paper"))
     return run_dir, shown.getvalue()
 
 
@@ -527,7 +527,7 @@ def test_rules_side_by_side_keep_what_each_keeps_alone(few_shot, trained, follow
     rules = json.loads((run_dir / "metrics.json").read_text())["rules"]
     assert list(rules) == ["last", "valid", "paper"]
     assert (run_dir / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
-    experiment.run_evaluation(at(few_shot, tmp_path, keep="paper"))
+    evaluation.run_evaluation(at(few_shot, tmp_path, keep="paper"))
     alone = json.loads((tmp_path / "metrics.json").read_text())
     assert rules["paper"]["image_auroc"] == alone["metrics"]["image_auroc"]
     assert rules["paper"]["step"] == alone["weights"]["step"]
@@ -551,7 +551,7 @@ def test_rules_side_by_side_resume_bit_for_bit(few_shot, followed, tmp_path, mon
 
 def test_a_choice_cannot_be_made_afterwards(few_shot, trained, followed):
     with pytest.raises(ValueError, match=r"was trained without --eval\.protocols valid"):
-        experiment.run_evaluation(side_by_side(few_shot, trained, "valid"))
+        evaluation.run_evaluation(side_by_side(few_shot, trained, "valid"))
     experiment.run_training(side_by_side(few_shot, followed[0], "paper"))  # fewer can be shown
     assert config.from_json((followed[0] / "config.json").read_text()).rules == ("last", "valid", "paper")
 
@@ -580,7 +580,7 @@ def test_paper_is_marked_wherever_it_is_shown(few_shot, followed, tmp_path, monk
     given = dataclasses.replace(few_shot.model, adapter=str(run_dir / "adapter-paper.safetensors"))
     recipe = dataclasses.replace(at(few_shot, tmp_path / "given"), model=given)
     capsys.readouterr()
-    experiment.run_evaluation(recipe)
+    evaluation.run_evaluation(recipe)
     assert "the given adapter, chosen on the TEST SET" in capsys.readouterr().out
     assert json.loads((tmp_path / "given" / "metrics.json").read_text())["weights"]["chosen_on_test_data"] is True
     experiment.run_training(dataclasses.replace(at(few_shot, tmp_path / "on", steps=1), model=given))
@@ -614,7 +614,7 @@ def test_an_evaluation_has_intervals_and_every_reduction(trained):
 
 def test_several_seeds_have_a_directory_each_and_a_summary(few_shot, tmp_path, capsys):
     asked = dataclasses.replace(few_shot.eval, seeds=2, heatmaps=0)
-    metrics = experiment.run_evaluation(dataclasses.replace(at(few_shot, tmp_path, steps=2, seed=3), eval=asked))
+    metrics = evaluation.run_evaluation(dataclasses.replace(at(few_shot, tmp_path, steps=2, seed=3), eval=asked))
     runs = [json.loads((tmp_path / f"seed{seed}" / "metrics.json").read_text()) for seed in (3, 4)]
     assert runs[0]["weights"]["support"] != runs[1]["weights"]["support"]
     found = json.loads((tmp_path / "seeds3-4.json").read_text())
