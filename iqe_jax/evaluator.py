@@ -64,7 +64,7 @@ def evaluation_step(
 
 
 def _in_turn(x: T) -> T:
-    """`x`, waited for where several processes share CPUs: exchanges of two programs under way at once can lock there."""
+    """`x`, waited for where several processes share CPUs: two programs exchanging at once can lock there."""
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(x)
     return x
@@ -146,7 +146,8 @@ class _Scorer:
         if batch.masks is not None:
             if self._counts is None:
                 regions = batch.regions is not None
-                self._counts = pixel_metrics.start(segmentation, batch.weight, regions=regions, split=layout.batch)
+                counts = pixel_metrics.start(segmentation, batch.weight, regions=regions, split=layout.batch)
+                self._counts = _in_turn(counts)
             counted = (segmentation, batch.masks, batch.weight, batch.regions)
             self._counts = pixel_metrics.count(self._counts, *counted, split=layout.batch)
         self._first += size
