@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
+from iqe_jax import pixel_metrics
 from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
 from iqe_jax.features import run_tower
 from iqe_jax.models.clip import ClipConfig, Templates
@@ -89,6 +90,21 @@ class Run:
         return np.array(losses)
 
 
+def pixel_figures(layout: Layout | None):
+    """Metrics over the pixels of 16 images, the last three of which are padding."""
+    draw = np.random.default_rng(0)
+    masks = np.zeros((16, 42, 42), np.float32)
+    masks[4:, 5:15, 5:15] = 1
+    values = np.clip(0.5 + 0.1 * (draw.standard_normal(masks.shape) + masks), 0, 1).astype(np.float32)
+    batch = (values, masks, (np.arange(16) < 13).astype(np.float32), masks / 100)
+    split = None if layout is None else layout.batch
+    if layout is not None:
+        batch = layout.place(batch, 16)
+    counts = pixel_metrics.start(batch[0], batch[2], regions=True, split=split)
+    counts = pixel_metrics.count(counts, *batch, split=split)
+    return pixel_metrics.pixel_metrics(pixel_metrics.histogram(counts))
+
+
 def specs(tree):
     """`name: how its axes are split` of every array, such as "- | data × fsdp"."""
 
@@ -121,6 +137,7 @@ def main(path: Path) -> None:
         run = Run(make_layout(mesh), frozen)
         places, (a, b), c = run.places(), run.gradients(), run.five_steps()
         found[name] = {"loss": abs(float(a) - float(loss)), "gradients": far(b, gradients), "steps": far(c, losses)}
+        found[name]["pixels"] = far(pixel_figures(run.layout), pixel_figures(None))
         found[name] |= {"places": places, "mesh": dict(run.layout.mesh.shape)}
     # 13 images are padded to 16 rows on 8 devices, and not on one. Dropout draws by row and by part: none here.
     plain = Run(single, frozen, dropout=0.0, images=13).five_steps()

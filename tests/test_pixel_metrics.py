@@ -1,6 +1,7 @@
 """Pixel metrics from counts against exact ones, their bounds, and the cases where there is no figure."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -165,10 +166,18 @@ def test_bins_never_outgrow_their_number_and_order_is_kept():
         assert (np.diff(jax.jit(pixel_metrics._place)(ordered, scale)) >= 0).all()
 
 
-def test_a_great_many_pixels_do_not_overflow():
+def test_a_great_many_pixels_are_counted_and_too_many_refused():
     values = np.array([[[0.1, 0.9]]], np.float32)
-    counts = pixel_metrics.start(values, np.ones(1, np.float32), regions=False)
-    with jax.enable_x64(True):
-        counts = pixel_metrics.PixelCounts(counts.scale, counts.pixels.at[0, 0, 0].add(2**40), None)
-    counts = pixel_metrics.count(counts, values, (values > 0.5).astype(np.float32), np.ones(1, np.float32))
-    assert pixel_metrics.histogram(counts).normal.sum() == 2**40 + 1
+    batch = (values, (values > 0.5).astype(np.float32), np.ones(1, np.float32))
+    for before, fits in ((2**32 - 3, True), (2**32 - 2, False)):
+        counts = pixel_metrics.start(values, np.ones(1, np.float32), regions=False)
+        place = int(pixel_metrics._place(jnp.float32(0.1), counts.scale))
+        with jax.enable_x64(True):
+            pixels = counts.pixels.at[0, place, 0].add(jnp.uint32(before))
+            counts = pixel_metrics.PixelCounts(counts.scale, counts.seen + before, pixels, None)
+        counts = pixel_metrics.count(counts, *batch)
+        if fits:
+            assert pixel_metrics.histogram(counts).normal.sum() == before + 1
+        else:
+            with pytest.raises(ValueError, match="may overflow: use more devices"):
+                pixel_metrics.histogram(counts)

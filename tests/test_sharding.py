@@ -38,6 +38,11 @@ def test_loss_gradients_and_five_steps_equal_one_device(found, mesh):
     assert found[mesh]["steps"] < 1e-5
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_pixels_counted_on_several_devices_are_those_of_one(found, mesh):
+    assert found[mesh]["pixels"] == 0
+
+
 @pytest.mark.parametrize("case", ["padded", "accumulated", "remat", "accumulated on a mesh"])
 def test_padding_accumulation_and_rematerialisation_change_no_loss(found, case):
     assert found[case]["steps"] < 1e-5
