@@ -26,7 +26,7 @@ def imports(report: Report) -> None:
     for turn in range(report.repeats + 1):  # the first one only brings files into memory
         for name, taken in times.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code[name]], check=True, cwd=ROOT, env=_environment())
+            subprocess.run([sys.executable, "-c", code[name]], check=True, cwd=ROOT, env=environment())
             if turn:
                 taken.append(time.perf_counter() - start)
     rows = {name: report.add("start", name, taken) for name, taken in times.items()}
@@ -55,7 +55,8 @@ def phantoms_here() -> Path:
     return root
 
 
-def _environment(**more: str) -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
+    """Surroundings in which a process of its own finds the package."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, **more}
 
@@ -69,7 +70,7 @@ def _to_first_step(folder: Path, name: str, arguments: list[str]) -> float:
         process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
-            env=_environment(IQE_JAX_CACHE=str(folder / "cache")),
+            env=environment(IQE_JAX_CACHE=str(folder / "cache")),
             stdout=log,
             stderr=log,
         )
