@@ -26,14 +26,14 @@ import numpy as np
 import tyro
 from jax import export
 
-from iqe_jax import calibration, cli
+from iqe_jax import calibration, cli, report
 from iqe_jax.config import Config, from_json
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.detector import Detector, load
 from iqe_jax.models.clip import Templates
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.progress import console
-from iqe_jax.report import PHANTOMS, RULES
+from iqe_jax.weights import chosen_on
 
 PROGRAM = "iqe_jax.export"
 FORMAT = "iqe-jax export 1"  # first field of model.json, by which a folder is known as ours
@@ -43,6 +43,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 SCORES = {
     "few": "mean over the pixels of the text maps' mean plus the query maps' mean, in [0, 2]",
     "zero": "sum over levels and both branches of the mean over the patches, in [0, {twice_the_levels}]",
+    "mean": "mean of the anomaly map, in [0, 1]",
     "max": "maximum of the anomaly map, in [0, 1]",
     "top": "mean of the highest hundredth of the anomaly map, in [0, 1]",
 }
@@ -67,7 +68,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     _check_target(out)
     detector = load(run)
     config = from_json((run / "config.json").read_text())
-    weights_chosen, calibrated = chosen(run), calibration.load(run)
+    weights_chosen, calibrated = chosen(run, config), calibration.load(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that it gets there by a rename; removed whatever happens.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as temporary:
@@ -100,15 +101,17 @@ def _check_target(out: Path) -> None:
         raise ValueError(f"--out {out} holds files that are no export; name a new or empty folder")
 
 
-def chosen(run: Path) -> dict[str, Any]:
+def chosen(run: Path, config: Config) -> dict[str, Any]:
     """How the run's weights were chosen, in words too. Raises ValueError when training is not over."""
     path = run / "kept.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"rule": "given"}
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rule": "given"}
+    if kept["rule"] == "given" and config.model.adapter and chosen_on(config.model.adapter):
+        kept["chosen_on_test_data"] = True
     if kept["rule"] != "given" and kept.get("finished_at") is None:
         raise ValueError(f"training in {run} has not come to its end; give its command again, then export")
     # The names of support images stay behind: they may be patients'.
     known = {name: kept[name] for name in ("rule", "step", "metrics") if name in kept}
-    return known | {"chosen": RULES[kept["rule"]], "chosen_on_test_data": kept["rule"] == "paper"}
+    return known | {"chosen": report.chosen(kept), "chosen_on_test_data": report.on_test_data(kept)}
 
 
 def write_program(detector: Detector, folder: Path) -> dict[str, np.ndarray]:
@@ -161,7 +164,7 @@ def describe(
         "recipe": config.name,
         "dataset": own,
         "trained_on": trained_on,
-        "note": PHANTOMS if on_phantoms else None,
+        "note": report.PHANTOMS if on_phantoms else None,
         "protocol": "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}",
         "weights": kept,
         "image_size": model.image_size,

@@ -62,8 +62,9 @@ def serve(options: Options) -> None:
     from iqe_jax.web import create_app
 
     run = options.run
-    detector, calibrated, chosen = load(run), calibration.load(run), export.chosen(run)
-    about = export.describe(from_json((run / "config.json").read_text()), detector, chosen, calibrated)
+    detector, calibrated = load(run), calibration.load(run)
+    config = from_json((run / "config.json").read_text())
+    about = export.describe(config, detector, export.chosen(run, config), calibrated)
     log = None if options.log == "none" else lambda line: console.print(line, markup=False, highlight=False)
     log_name = log if options.log == "names" else None
     app = create_app(

@@ -1,9 +1,11 @@
 """The exported folder: equal to the Detector in a process that has jax and nothing else, and honest about itself."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 
 import iqe_jax
 from iqe_jax import calibration, export
-from iqe_jax.config import Config, DataConfig
+from iqe_jax.config import Config, DataConfig, ModelConfig
 from iqe_jax.detector import Detector
+from iqe_jax.weights import save_adapter
 from tests.runs import LAST, write_run
 
 IMAGES = np.random.default_rng(0).random((5, 40, 40, 3), np.float32)
@@ -146,6 +149,32 @@ def test_weights_chosen_on_test_data_are_marked(tmp_path, golden_settings, golde
     assert about["trained_on"] == ["liver", "resc", "oct17", "chest", "his"]
     assert "chosen on the test set" in (tmp_path / "model" / "README.md").read_text()
     assert "TEST SET" in capsys.readouterr().err
+
+
+def test_the_mark_of_test_data_comes_from_the_weights_too(tmp_path, golden_settings, golden_model):
+    # Training that began with marked weights, and a run that only scored such weights, have seen the test data as well.
+    kept = {"rule": "last", "step": 3, "finished_at": 3}
+    run = write_run(tmp_path / "run", golden_settings, golden_model[2], kept)
+    assert not export.chosen(run, Config())["chosen_on_test_data"]
+    (run / "kept.json").write_text(json.dumps({**kept, "chosen_on_test_data": True}))
+    begun = export.chosen(run, Config())
+    assert begun["chosen_on_test_data"] and "TEST SET" in begun["chosen"]
+
+    (run / "kept.json").unlink()
+    for chosen_on in (None, "brain"):
+        path = tmp_path / f"{chosen_on}.safetensors"
+        save_adapter(golden_model[2], path, chosen_on=chosen_on)
+        given = export.chosen(run, Config(model=ModelConfig(adapter=str(path))))
+        assert given["chosen_on_test_data"] == (chosen_on is not None) == ("TEST SET" in given["chosen"])
+
+
+def test_every_kind_of_score_is_defined(golden_model):
+    model = golden_model[0]
+    for kind in get_args(get_type_hints(ModelConfig)["score"]):
+        one = dataclasses.replace(model, config=dataclasses.replace(model.config, score=kind))
+        weights = {"chosen": "c", "chosen_on_test_data": False}
+        about = export.describe(Config(), Detector(one, *golden_model[1:], zero_shot=False), weights, None)
+        assert "in [0, " in about["score"]["definition"]
 
 
 @pytest.mark.parametrize("images", [4, 30, 600])
