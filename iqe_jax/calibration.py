@@ -100,11 +100,11 @@ class Calibration:
 
     def save(self, run_dir: Path) -> None:
         """Write RUN/calibration.json, whole or not at all, marked with the weights that are in RUN."""
+        from iqe_jax.checkpoint import write_whole
+
         marked = dataclasses.replace(self, adapter=_digest(run_dir))
-        path = Path(run_dir) / FILE
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(marked) | {"prevalence": self.prevalence}, indent=2) + "\n")
-        temporary.replace(path)
+        content = dataclasses.asdict(marked) | {"prevalence": self.prevalence}
+        write_whole(Path(run_dir) / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load(run_dir: Path) -> Calibration | None:

@@ -118,7 +118,7 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
             pictures = {i: evaluations[own].maps[i] for i in shown}
             evaluation = dataclasses.replace(evaluations[own], maps=pictures)
             report.write(config, run.path, samples, evaluation, facts[own], others)
-    calibrate(config, run, trained, next(iter(facts)), layout, preemption)
+    calibrate(config, run, trained, own, layout, preemption)
     if page:
         _write_page(config, run, samples, evaluations[own], trained, layout, preemption)
     return evaluations[own].metrics

@@ -21,7 +21,7 @@ from iqe_jax.evaluator import evaluation_step
 from iqe_jax.features import run_tower
 from iqe_jax.models.iqe_clip import IqeClip
 from iqe_jax.sharding import Layout
-from iqe_jax.train_state import batch_shapes, state_shapes, state_shardings, step_program, step_settings
+from iqe_jax.train_state import batch_shapes, rows_of_step, state_shapes, state_shardings, step_program, step_settings
 from iqe_jax.weights import frozen_shardings
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -82,7 +82,7 @@ class Footprint:
 def train_footprint(model: IqeClip, config: Config, layout: Layout, *, masks: bool = True) -> Footprint:
     """The train step on kept features, of a set with masks or without. Raises ValueError as `Layout.shardings`."""
     train = config.train
-    size = layout.padded(train.batch_size // train.accumulate) * train.accumulate
+    size = rows_of_step(train, layout)
     settings = step_settings(model, train, train.dropout, layout)
     state = _abstract(state_shapes(model, settings["rates"]), state_shardings(model, settings["rates"], layout))
     frozen = _frozen(model, layout)

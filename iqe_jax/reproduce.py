@@ -23,6 +23,7 @@ from typing import Any
 from iqe_jax import cli
 from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config, from_json, to_json
+from iqe_jax.metrics import IMAGE_METRICS
 from iqe_jax.progress import console, track
 
 SETS = ("brain", "liver", "resc", "oct17", "chest", "his")
@@ -214,8 +215,7 @@ def write_tables(options: Options, listed: Sequence[Cell], command: str) -> None
         write_whole(options.out / f"table.{suffix}", text)
 
 
-METRICS = ("image_auroc", "image_ap", "image_f1_max", "image_sensitivity_at_95_specificity")
-METRICS += ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro")
+METRICS = (*IMAGE_METRICS, "pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro")
 
 
 def as_csv(found: dict[str, Any]) -> str:
@@ -239,13 +239,13 @@ def as_csv(found: dict[str, Any]) -> str:
 
 def _text_rows(found: dict[str, Any]) -> list[list[str]]:
     """The table as text, its heading first."""
-    from iqe_jax.report import title
+    from iqe_jax.report import MARKED, title
 
     published = [] if found["phantoms"] else ["MVFA-AD image AUROC", "MVFA-AD pixel AUROC"]
     heading = ["set", "protocol", "weights", "runs", *map(title, METRICS), *published, "s per run", "peak MB"]
     lines = [heading]
     for row in found["rows"]:
-        weights = row["weights"] + (", chosen on the TEST SET" if row["chosen_on_test_data"] else "")
+        weights = row["weights"] + (f", {MARKED}" if row["chosen_on_test_data"] else "")
         line = [row["set"], row["protocol"], weights, str(row["runs"])]
         for name in METRICS:
             figure = (row["metrics"] or {}).get(name) or {"mean": None, "interval": None}

@@ -1,7 +1,7 @@
 """What the HTTP service does with one request: read the upload, open the scan, score its frames, draw pictures.
 
-Batches are made in batching.py, which has the limits too; addresses, and who may ask, are in
-web.py. Nothing is stored, not even in a temporary file.
+Batches are made in batching.py, which has the limits too; addresses, and who may ask, are in web.py. Nothing is stored,
+not even in a temporary file.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from iqe_jax.batching import Batcher, Limits, Meters
 from iqe_jax.calibration import Calibration
 from iqe_jax.data.scans import Scan, ScanError, TooLargeError, open_scan, printable
 from iqe_jax.detector import Detector
-from iqe_jax.report import overlay
+from iqe_jax.scan_maps import LEVELS, picture
 
 T = TypeVar("T")
 Picture = Literal["image", "map", "overlay"]
@@ -86,7 +86,7 @@ def view(
 
 
 class Service:
-    """One model behind its limits; the its addresses are in web.py."""
+    """One model behind its limits; its addresses are in web.py."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class Service:
 def _draw(scan: Scan, frame: Frame, anomaly_map: Float[np.ndarray, "side side"], pictures: Sequence[Picture]) -> None:
     """Put the pictures that are asked for into `frame`."""
     if "map" in pictures:
-        values = np.round(np.clip(anomaly_map, 0, 1) * 65535).astype(np.uint16)
+        values = np.round(np.clip(anomaly_map, 0, 1) * LEVELS).astype(np.uint16)
         frame.map = _png(Image.fromarray(values))
     if "image" not in pictures and "overlay" not in pictures:
         return
@@ -204,8 +204,7 @@ def _draw(scan: Scan, frame: Frame, anomaly_map: Float[np.ndarray, "side side"],
     if "image" in pictures:
         frame.image = _png(shown)
     if "overlay" in pictures:
-        values = Image.fromarray(anomaly_map).resize(shown.size, Image.Resampling.BILINEAR)
-        frame.overlay = _png(Image.fromarray(overlay(np.asarray(shown, np.float32) / 255, np.asarray(values))))
+        frame.overlay = _png(Image.fromarray(picture(np.asarray(shown), anomaly_map)))
 
 
 def _png(image: Image.Image) -> str:

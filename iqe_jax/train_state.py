@@ -44,6 +44,11 @@ class Batch:
         return Features(jnp.moveaxis(self.patch_tokens, 1, 0), jnp.asarray(self.image_features))
 
 
+def rows_of_step(config: TrainConfig, layout: Layout) -> int:
+    """Rows of a step's batch: each of its parts is filled up until it splits evenly over the devices."""
+    return layout.padded(config.batch_size // config.accumulate) * config.accumulate
+
+
 def batch_shapes(model: IqeClip, layout: Layout, size: int, dtype: Any, *, masks: bool) -> Batch:
     """The shapes of a Batch of `size` images with patch tokens of `dtype`, as `Layout.place` lays it out."""
 

@@ -24,7 +24,16 @@ from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.processes import Preempted, Preemption
 from iqe_jax.progress import Meter, console
 from iqe_jax.sharding import Layout
-from iqe_jax.train_state import Batch, TrainState, batch_shapes, compile_ahead, create, state_shardings, train_step
+from iqe_jax.train_state import (
+    Batch,
+    TrainState,
+    batch_shapes,
+    compile_ahead,
+    create,
+    rows_of_step,
+    state_shardings,
+    train_step,
+)
 from iqe_jax.weights import chosen_on, load_adapter
 
 
@@ -90,14 +99,18 @@ class Trainer:
         """
         if jax.process_count() > 1:
             return None
-        settings, layout, epoch = self.config.train, self.layout, int(state.step) // self.order.steps_per_epoch
-        first = list(self.plan.training.values())[self.order[int(state.step)].set_index]
-        size = layout.padded(settings.batch_size // settings.accumulate) * settings.accumulate
+        settings, layout, step = self.config.train, self.layout, int(state.step)
+        first = list(self.plan.training.values())[self.order[step].set_index]
+        size = rows_of_step(settings, layout)
         masks = any(sample.mask for sample in first)
         batch = batch_shapes(self.model, layout, size, features.kept_dtype(self.config), masks=masks)
-        dropout = settings.dropout if epoch < settings.dropout_epochs else 0.0
-        text = {"text": self.frozen["text"]}
+        text, dropout = {"text": self.frozen["text"]}, self._dropout(step)
         return compile_ahead(state, text, batch, model=self.model, config=settings, dropout=dropout, layout=layout)
+
+    def _dropout(self, step: int) -> float:
+        """Dropout of step `step` (from 0)."""
+        settings = self.config.train
+        return settings.dropout if step // self.order.steps_per_epoch < settings.dropout_epochs else 0.0
 
     def load_kept(self, rule: str | None = None) -> Params:
         """The weights kept by `rule`, or the run's own, laid out."""
@@ -135,7 +148,7 @@ class Trainer:
                     pending = None
 
             for step, batch in self._batches(sets, start):
-                dropout = settings.dropout if step // per_epoch < settings.dropout_epochs else 0.0
+                dropout = self._dropout(step)
                 state, metrics = train_step(
                     state, text, batch, model=self.model, config=settings, dropout=dropout, layout=self.layout
                 )
@@ -157,8 +170,7 @@ class Trainer:
 
     def _batches(self, sets: list[FeatureSet], start: int) -> Iterator[tuple[int, Batch]]:
         """The steps from `start` on with their batches, gathered in threads ahead of their use."""
-        settings = self.config.train
-        size = self.layout.padded(settings.batch_size // settings.accumulate) * settings.accumulate
+        size = rows_of_step(self.config.train, self.layout)
         local = training_data.batches_ahead(sets, self.order, start, self.total, self.layout.rows(size))
         return ((step, self.layout.place(batch, size)) for step, batch in local)
 
