@@ -21,6 +21,8 @@ from iqe_jax.config import Config
 from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateUsage]
 from iqe_jax.footprint import in_bytes
 from iqe_jax.models.iqe_clip import Features, IqeClip
+from iqe_jax.models.layers import product
+from iqe_jax.programs import tower_options
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch, create, step_program, step_settings
 
@@ -29,12 +31,17 @@ INFERENCE_SHARE = 1.05
 MATRIX_SHARE = {"cpu": 0.8, "gpu": 0.5}
 
 
-def matrix_rate(report: Report, dtype: str, size: int) -> None:
-    """The rate of one large matrix product, which fractions are of."""
-    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-    times = in_turns({"": partial(jax.jit(lambda a: a @ a), a)}, max(report.repeats, 3))[""]
-    row = report.add("matrix product", f"{size} × {size}, {dtype}", times, flops=2.0 * size**3)
-    report.matrix_rate = 2.0 * size**3 / row.median
+def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: str) -> None:
+    """The rate of one large matrix product, compiled as the tower is, which fractions are of; and PyTorch's."""
+    a = jax.random.normal(jax.random.key(0), (size, size), model.dtype)
+    ours = jax.jit(lambda a: product(a, a), compiler_options=tower_options(model))
+    calls: dict[str, Callable[[], Any]] = {"ours": partial(ours, a)}
+    if torch is not None:
+        calls["PyTorch"] = peers.product(size, model.config.dtype, device)
+    for name, times in in_turns(calls, max(report.repeats, 3)).items():
+        row = report.add("matrix product", f"{name}, {size} × {size}", times, flops=2.0 * size**3)
+        if name == "ours":
+            report.matrix_rate = 2.0 * size**3 / row.median
 
 
 def batch_for_memory(model: IqeClip, device: Any, limit: int = 1024) -> int:
@@ -47,7 +54,7 @@ def batch_for_memory(model: IqeClip, device: Any, limit: int = 1024) -> int:
     if free <= 0:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     frozen, side = jax.eval_shape(lambda key: meta.unbox(model.init_frozen(key)), jax.random.key(0)), model.config
-    tower = jax.jit(model.features)
+    tower = jax.jit(model.features, compiler_options=tower_options(model))
 
     def needed(size: int) -> int:
         images = jax.ShapeDtypeStruct((size, side.image_size, side.image_size, 3), jnp.float32)
@@ -80,7 +87,8 @@ class Parts:
         )
         self.images = draw.random((size, side, side, 3), np.float32)
         self.on_device = jax.device_put(self.images)
-        self.tower = jax.jit(model.features).lower({"vision": self.frozen["vision"]}, self.on_device).compile()
+        tower = jax.jit(model.features, compiler_options=tower_options(model))
+        self.tower = tower.lower({"vision": self.frozen["vision"]}, self.on_device).compile()
         self.features: Features = self.tower({"vision": self.frozen["vision"]}, self.on_device)
         self.masks = (draw.random((size, side, side)) > 0.9).astype(np.float32)
         self.labels = (np.arange(size) % 2).astype(np.float32)
@@ -110,7 +118,7 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     flops: dict[tuple[str, str], float] = {}
     model, vision = parts.model, {"vision": parts.frozen["vision"]}
-    device, dtype = ("cuda" if parts.device == "gpu" else parts.device), model.config.dtype
+    device, dtype = peers.device_name(parts.device), model.config.dtype
     # The tower is what the others are measured against.
     calls["tower", "ours"] = lambda: parts.tower(vision, parts.on_device)
     flops["tower", "ours"] = cost.tower(model, parts.batch)  # a compiler counts what is in a loop once

@@ -23,6 +23,26 @@ def torch_or_none(threads: int) -> Any:
     return torch
 
 
+def device_name(device: str) -> str:
+    """PyTorch's word for `--device`."""
+    return "cuda" if device == "gpu" else device
+
+
+def product(size: int, dtype: str, device: str) -> Callable[[], Any]:
+    """A call that multiplies a matrix of `size` × `size` by itself."""
+    import torch
+
+    a = torch.randn(size, size, dtype=getattr(torch, dtype), device=device_name(device))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            found = a @ a
+            _wait(torch, a.device.type)
+            return found[0, 0].item()
+
+    return run
+
+
 def tower(model: IqeClip, images: np.ndarray, dtype: str, device: str) -> Callable[[], Any]:
     """A call that runs transformers' CLIP vision tower on `images` (B, S, S, 3), with every block's output."""
     import torch

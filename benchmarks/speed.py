@@ -70,13 +70,14 @@ def run(options: Options) -> Any:
     config = replace(config, model=replace(config.model, dtype=options.dtype))
     if not full:
         config = replace(config, model=replace(config.model, start="random"))
+    model = describe(config.model)
     if "matrix" in wanted:
         console.print("Matrix product …")
-        model_parts.matrix_rate(report, options.dtype, 4096 if full else 512)
+        model_parts.matrix_rate(report, model, 4096 if full else 512, torch, options.device)
     parts = None
     if wanted & (MODEL_SECTIONS | {"input"}):
         console.print("Drawing weights, compiling …")
-        model, layout = describe(config.model), make_layout(config.mesh, jax.devices()[:1])
+        layout = make_layout(config.mesh, jax.devices()[:1])
         batch = options.batch or model_parts.batch_for_memory(model, jax.devices()[0], 1024 if full else 16)
         parts = model_parts.Parts(model, config, layout, batch, options.device)
         report.facts["batch"] = batch
@@ -91,7 +92,7 @@ def run(options: Options) -> Any:
     if "pixels" in wanted:
         console.print("Pixel metrics …")
         count = options.pixels or (200_000_000 if full else 1_000_000)
-        pixels.measure(report, count, min(count, 20_000_000), 32 if full else 4)
+        pixels.measure(report, count, min(count, 20_000_000), 16 if full else 4)
     if "imports" in wanted:
         console.print("Imports …")
         starts.imports(report)

@@ -1,7 +1,7 @@
 """Text to CLIP's token ids: through the checkpoint's own tokenizer where it has one, by heart for the default prompts.
 
-transformers does the tokenizing and is imported on first need. Which folder a checkpoint's tokenizer is in is for
-clip.py to say.
+The `tokenizers` library reads a tokenizer.json of CLIP's; transformers, which takes long to import, all other
+forms. Which folder a checkpoint's tokenizer is in is for clip.py to say.
 """
 
 import os
@@ -101,15 +101,35 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _load(folder: Path) -> Any:
-    # Without PyTorch, which tokenizing does not need, transformers advises on its first import to install it.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    settings = folder / "tokenizer_config.json"
-    kind = read_json(settings).get("tokenizer_class") if settings.is_file() else None
-    if kind in (None, "CLIPTokenizer", "CLIPTokenizerFast"):
-        from transformers import CLIPTokenizer as Loader  # imports in a third of the time, and without torch
-    else:
-        from transformers import AutoTokenizer as Loader
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    of_clip = settings.get("tokenizer_class") in (None, "CLIPTokenizer", "CLIPTokenizerFast")
     try:
+        if of_clip and (folder / "tokenizer.json").is_file():
+            return _FromJson(folder / "tokenizer.json", settings)
+        # Without PyTorch, which tokenizing does not need, transformers advises on its first import to install it.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        if of_clip:
+            from transformers import CLIPTokenizer as Loader  # imports in a third of the time, and without torch
+        else:
+            from transformers import AutoTokenizer as Loader
         return Loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # bad files surface as anything from KeyError to the Rust library's own
         raise ValueError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+class _FromJson:
+    """What ClipTokenizer needs of transformers' CLIPTokenizer, without the second that its import takes."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self.bos_token_id = self._id(settings.get("bos_token") or "<|startoftext|>")
+        self.eos_token_id = self._id(settings.get("eos_token") or "<|endoftext|>")
+
+    def _id(self, token: Any) -> int | None:
+        return self._tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text).ids}

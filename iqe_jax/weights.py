@@ -49,6 +49,8 @@ def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeCl
     model = IqeClip(clip.config, config, _templates(clip.tokenizer, config))
     if layout is None:
         return model, jax.tree.map(jnp.asarray, clip.params)
+    if layout.mesh.size == 1:  # where there is nothing to split, the rules need not be asked: that traces both towers
+        return model, layout.put(clip.params, jax.tree.map(lambda _: layout.replicated, clip.params))
     return model, layout.put(clip.params, frozen_shardings(model, layout))
 
 

@@ -23,6 +23,7 @@ from convert.clip_names import HUGGING_FACE, OPENAI
 from convert.clip_tokenizer import KNOWN_IDS, ClipTokenizer
 from convert.command import run
 from convert.engine import Rule, Table, to_ours, to_theirs
+from iqe_jax.data.phantoms import CLIP_DIR
 from iqe_jax.models.clip import ClipConfig, TextTower, VisionTower
 from tests.clip_files import (
     SIZES,
@@ -218,6 +219,20 @@ def test_tokenizer_of_the_checkpoint(reference_folder, tmp_path):
     vocab = write_tokenizer(folder, 598)
     ids = load_clip(folder).tokenizer("Cat")
     assert [vocab[i] for i in ids] == ["<|startoftext|>", "c", "a", "t</w>", "<|endoftext|>"]
+
+
+def test_ids_of_a_tokenizer_json_are_those_of_transformers(tmp_path):
+    from transformers import CLIPTokenizer
+
+    write_tokenizer(tmp_path / "vocabulary", 598)
+    CLIPTokenizer.from_pretrained(tmp_path / "vocabulary").save_pretrained(tmp_path / "json")
+    (tmp_path / "json" / "tokenizer_config.json").unlink()  # start and end are CLIP's where nothing else is said
+    for folder in (tmp_path / "json", CLIP_DIR):
+        assert (folder / "tokenizer.json").is_file()
+        ours, theirs = ClipTokenizer(folder, 49408, 77), CLIPTokenizer.from_pretrained(folder)
+        assert ours.ends() == (theirs.bos_token_id, theirs.eos_token_id)
+        for text in (*KNOWN_IDS, "A  Cat,\nit's 2 o'clock…", "naïve ü 猫 🙂", ""):
+            assert ours(text) == theirs(text)["input_ids"], text
 
 
 def test_texts_without_a_tokenizer(reference_folder):

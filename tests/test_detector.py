@@ -141,3 +141,8 @@ def test_importing_the_package_is_light():
         "print(sorted({'torch', 'transformers', 'tensorflow_datasets', 'sklearn', 'grain'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (  # the phantoms' renderers and transformers' tokenizers take a second
+        "from iqe_jax import config, weights; import sys; weights.load_model(config.load('phantom_fewshot').model); "
+        "print(sorted({'torch', 'transformers', 'scipy.ndimage', 'sklearn', 'grain'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import meta
 from flax.linen import spmd
 from jaxtyping import Array, Float
 
@@ -32,6 +33,8 @@ def parameter(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> jax.Array:
     """A float32 parameter of `module`, each of its axes named for the sharding rules or None."""
+    if module.has_variable("params", name):  # Flax would trace `init` to compare shapes: an eighth of all tracing
+        return cast(jax.Array, meta.unbox(module.get_variable("params", name)))
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
 
 
@@ -56,7 +59,18 @@ def merged_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     if not whole() or not right.startswith(left) or f"...{right.removeprefix(left)}" != out:
         return jnp.einsum(equation, x, kernel)
     lead, size = x.shape[: x.ndim - len(left)], math.prod(kernel.shape[: len(left)])
-    return (x.reshape(*lead, size) @ kernel.reshape(size, -1)).reshape(*lead, *kernel.shape[len(left) :])
+    return product(x.reshape(*lead, size), kernel.reshape(size, -1)).reshape(*lead, *kernel.shape[len(left) :])
+
+
+def product(a: Float[Array, "... inner"], b: Float[Array, "inner outer"]) -> Float[Array, "... outer"]:
+    """`a @ b`. XLA has a CPU's own instructions for bfloat16 only where the result is float32, so it is there first."""
+
+    def wide(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+    if a.dtype == jnp.float32:
+        return a @ b
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
 
 
 class Einsum(nn.Module):
@@ -132,12 +146,18 @@ def attend_to_all(
 
 
 def _image_by_image(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    def image(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def image(_: None, arrays: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in arrays)  # [heads, tokens, head_dim]
-        logits = jnp.einsum("hqe,hke->hqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        return jnp.einsum("hqk,hke->qhe", jax.nn.softmax(logits, -1).astype(v.dtype), v)
+        logits = jnp.einsum("hqe,hke->hqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        attended = jnp.einsum("hqk,hke->hqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        attended = attended / weights.sum(-1, keepdims=True)  # here, since there are fewer of these than weights
+        return None, jnp.swapaxes(attended.astype(v.dtype), 0, 1)
 
-    return jax.lax.map(image, (query, key, value))
+    # XLA works off the images of a loop one by one, and those of one turn of it side by side. With small images that
+    # saves less than it takes to compile.
+    large = query.shape[2] * query.shape[1] ** 2 >= 2**18
+    return jax.lax.scan(image, None, (query, key, value), unroll=8 if large else 1)[1]
 
 
 def _has_cudnn() -> bool:

@@ -5,18 +5,17 @@ head_body.py, retina.py and tissue.py; how the backbone was trained is in train_
 the business of the project's ordinary data code, which cannot tell them from the real ones.
 """
 
+import importlib
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-
-from . import head_body, retina, tissue
-from .canvas import Drawing
 
 CLIP_DIR = Path(__file__).parent / "clip"
 """The tiny CLIP, a Hugging Face folder."""
@@ -30,21 +29,26 @@ COUNTS = {"valid": 24, "test": 100}
 
 @dataclass(frozen=True)
 class PhantomSet:
-    """One set: its folder's name, how its pictures are drawn, whether masks are kept, and the files' ending."""
+    """One set: its folder's name, what draws its pictures, whether masks are kept, and the files' ending."""
 
     folder: str
-    draw: Callable[[np.random.Generator, bool], Drawing]
+    drawn_by: str
     has_masks: bool
     suffix: str = ".png"
 
+    def draw(self, rng: np.random.Generator, anomalous: bool) -> Any:
+        """A `canvas.Drawing`. The renderers are imported here, as most starts find their pictures drawn."""
+        module, function = self.drawn_by.split(".")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(rng, anomalous)
+
 
 SETS: dict[str, PhantomSet] = {
-    "brain": PhantomSet("Brain_AD", head_body.brain, True),
-    "liver": PhantomSet("Liver_AD", head_body.liver, True),
-    "resc": PhantomSet("Retina_RESC_AD", retina.resc, True),
-    "oct17": PhantomSet("Retina_OCT2017_AD", retina.oct17, False, ".jpeg"),
-    "chest": PhantomSet("Chest_AD", tissue.chest, False),
-    "his": PhantomSet("Histopathology_AD", tissue.his, False),
+    "brain": PhantomSet("Brain_AD", "head_body.brain", True),
+    "liver": PhantomSet("Liver_AD", "head_body.liver", True),
+    "resc": PhantomSet("Retina_RESC_AD", "retina.resc", True),
+    "oct17": PhantomSet("Retina_OCT2017_AD", "retina.oct17", False, ".jpeg"),
+    "chest": PhantomSet("Chest_AD", "tissue.chest", False),
+    "his": PhantomSet("Histopathology_AD", "tissue.his", False),
 }
 
 
