@@ -113,17 +113,24 @@ def _count(
 
 
 def _add(counts: PixelCounts, maps: jax.Array, masks: jax.Array, weight: jax.Array, regions: Any) -> PixelCounts:
-    place = _place(maps, counts.scale)
-    there = jnp.broadcast_to((weight > 0)[:, None, None], maps.shape)
-    # One flat index: XLA's scatter is several times slower with more.
-    row = 2 * place + (masks > 0.5).astype(jnp.int32)
-    pixels = counts.pixels.reshape(-1).at[row].add(there.astype(jnp.uint32)).reshape(counts.pixels.shape)
-    seen = counts.seen + there.sum(dtype=jnp.int64)
-    if counts.overlap is None:
-        return PixelCounts(counts.scale, seen, pixels, None)
-    shares = jnp.where(there & (masks > 0.5), regions, 0).astype(jnp.float64)
-    overlap = counts.overlap.reshape(-1).at[place].add(shares).reshape(counts.overlap.shape)
-    return PixelCounts(counts.scale, seen, pixels, overlap)
+    def image(held: tuple[jax.Array, Any], given: Any) -> tuple[tuple[jax.Array, Any], None]:
+        pixels, overlap = held
+        values, mask, there, shares = given
+        place, anomalous = _place(values.reshape(-1), counts.scale), mask.reshape(-1) > 0.5
+        # One flat index: XLA's scatter is several times slower with more.
+        pixels = pixels.at[2 * place + anomalous.astype(jnp.int32)].add(there.astype(jnp.uint32))
+        if overlap is not None:
+            shares = jnp.where(there & anomalous, shares.reshape(-1), 0).astype(jnp.float64)
+            overlap = overlap.at[place].add(shares)
+        return (pixels, overlap), None
+
+    there = weight > 0
+    flat = (counts.pixels.reshape(-1), None if counts.overlap is None else counts.overlap.reshape(-1))
+    # Image by image, as places and shares of all at once would take more memory than the counts.
+    (pixels, overlap), _ = jax.lax.scan(image, flat, (maps, masks, there, regions))
+    seen = counts.seen + there.sum(dtype=jnp.int64) * (maps.size // max(len(maps), 1))
+    overlap = None if counts.overlap is None else overlap.reshape(counts.overlap.shape)
+    return PixelCounts(counts.scale, seen, pixels.reshape(counts.pixels.shape), overlap)
 
 
 def _bits(values: jax.Array) -> jax.Array:

@@ -12,13 +12,13 @@ import jax
 
 from iqe_jax.models.iqe_clip import IqeClip
 
-# A product of large float32 matrices takes about a tenth less time than in XLA's own library. Each product by itself:
-# where oneDNN is given what stands before a product as well, jaxlib 0.10 ends the process on forms it does not know.
+# Products of large float32 matrices take less time than in XLA's own library. Each product by itself: where oneDNN is
+# given what stands before a product as well, jaxlib 0.10 ends the process on forms it does not know.
 ONEDNN = {
     "xla_cpu_use_onednn": True,
     "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
-# Such programs cannot be kept on disk and are compiled at each start, in two seconds: too long for a small tower.
+# Such programs cannot be kept on disk and are compiled at each start, which takes longer than a small tower does.
 LEAST_WIDTH = 512
 
 

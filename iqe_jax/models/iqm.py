@@ -43,22 +43,17 @@ class QueryAttention(nn.Module):
         key, value = projection("key"), projection("value")
         if self.folded:
             # The key bias adds the same to every logit of a query, so the softmax cancels it.
-            folded = jnp.einsum("...qhe,dhe->...hqd", query, key.kernel())
-            # Heads and queries as the rows of one matrix: nothing has to be transposed, on the way back neither.
-            rows = folded.reshape(*folded.shape[:-3], -1, self.dim)
-            logits = jnp.einsum("...rd,...ld->...rl", rows, context.astype(self.dtype))
-            logits = logits.reshape(*folded.shape[:-1], -1)  # [..., heads, query, token]
+            folded = jnp.einsum("...qhe,dhe->...qhd", query, key.kernel())
+            logits = jnp.einsum("...qhd,...ld->...hql", folded, context.astype(self.dtype))
         else:
             logits = jnp.einsum("...qhe,...lhe->...hql", query, key(context))
         weights = jax.nn.softmax(logits.astype(jnp.float32) * head_dim**-0.5, -1).astype(self.dtype)
         weights = _dropout(self, weights, self.dropout)
         if self.folded:
-            rows = weights.reshape(*weights.shape[:-3], -1, weights.shape[-1])
-            pooled = jnp.einsum("...rl,...ld->...rd", rows, context.astype(self.dtype))
-            pooled = pooled.reshape(*weights.shape[:-1], self.dim)  # [..., heads, query, dim]
+            pooled = jnp.einsum("...hql,...ld->...qhd", weights, context.astype(self.dtype))
             # Dropout leaves weights that do not add up to 1, so the bias counts as often as they do.
             bias = weights.sum(-1).swapaxes(-1, -2)[..., None] * value.bias()
-            attended = jnp.einsum("...hqd,dhe->...qhe", pooled, value.kernel()) + bias
+            attended = jnp.einsum("...qhd,dhe->...qhe", pooled, value.kernel()) + bias
         else:
             attended = jnp.einsum("...hql,...lhe->...qhe", weights, value(context))
         out = Einsum(
