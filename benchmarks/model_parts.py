@@ -37,7 +37,7 @@ def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: s
     ours = jax.jit(lambda a: product(a, a), compiler_options=tower_options(model))
     calls: dict[str, Callable[[], Any]] = {"ours": partial(ours, a)}
     if torch is not None:
-        calls["PyTorch"] = peers.product(size, model.config.dtype, device)
+        calls["PyTorch"] = peers.product(size, model.config.dtype, peers.device_name(device))
     for name, times in in_turns(calls, max(report.repeats, 3)).items():
         row = report.add("matrix product", f"{name}, {size} × {size}", times, flops=2.0 * size**3)
         if name == "ours":

@@ -32,12 +32,12 @@ def product(size: int, dtype: str, device: str) -> Callable[[], Any]:
     """A call that multiplies a matrix of `size` × `size` by itself."""
     import torch
 
-    a = torch.randn(size, size, dtype=getattr(torch, dtype), device=device_name(device))
+    a = torch.randn(size, size, dtype=getattr(torch, dtype), device=device)
 
     def run() -> Any:
         with torch.inference_mode():
             found = a @ a
-            _wait(torch, a.device.type)
+            _wait(torch, device)
             return found[0, 0].item()
 
     return run

@@ -92,7 +92,7 @@ def run(options: Options) -> Any:
     if "pixels" in wanted:
         console.print("Pixel metrics …")
         count = options.pixels or (200_000_000 if full else 1_000_000)
-        pixels.measure(report, count, min(count, 20_000_000), 16 if full else 4)
+        pixels.measure(report, count, min(count, 20_000_000), pixels.BATCH if full else 4)
     if "imports" in wanted:
         console.print("Imports …")
         starts.imports(report)

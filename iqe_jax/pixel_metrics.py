@@ -5,6 +5,7 @@ bound that goes with every figure. `start` lays the bins, `count` adds a batch, 
 host, and `pixel_metrics` turns them into figures. docs/metrics.md defines the figures.
 """
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ def _add(counts: PixelCounts, maps: jax.Array, masks: jax.Array, weight: jax.Arr
     flat = (counts.pixels.reshape(-1), None if counts.overlap is None else counts.overlap.reshape(-1))
     # Image by image, as places and shares of all at once would take more memory than the counts.
     (pixels, overlap), _ = jax.lax.scan(image, flat, (maps, masks, there, regions))
-    seen = counts.seen + there.sum(dtype=jnp.int64) * (maps.size // max(len(maps), 1))
+    seen = counts.seen + there.sum(dtype=jnp.int64) * math.prod(maps.shape[1:])
     overlap = None if counts.overlap is None else overlap.reshape(counts.overlap.shape)
     return PixelCounts(counts.scale, seen, pixels.reshape(counts.pixels.shape), overlap)
 

@@ -5,17 +5,19 @@ head_body.py, retina.py and tissue.py; how the backbone was trained is in train_
 the business of the project's ordinary data code, which cannot tell them from the real ones.
 """
 
-import importlib
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+if TYPE_CHECKING:
+    from .canvas import Drawing
 
 CLIP_DIR = Path(__file__).parent / "clip"
 """The tiny CLIP, a Hugging Face folder."""
@@ -29,26 +31,20 @@ COUNTS = {"valid": 24, "test": 100}
 
 @dataclass(frozen=True)
 class PhantomSet:
-    """One set: its folder's name, what draws its pictures, whether masks are kept, and the files' ending."""
+    """One set: its folder's name, whether masks are kept, and the files' ending."""
 
     folder: str
-    drawn_by: str
     has_masks: bool
     suffix: str = ".png"
 
-    def draw(self, rng: np.random.Generator, anomalous: bool) -> Any:
-        """A `canvas.Drawing`. The renderers are imported here, as most starts find their pictures drawn."""
-        module, function = self.drawn_by.split(".")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(rng, anomalous)
-
 
 SETS: dict[str, PhantomSet] = {
-    "brain": PhantomSet("Brain_AD", "head_body.brain", True),
-    "liver": PhantomSet("Liver_AD", "head_body.liver", True),
-    "resc": PhantomSet("Retina_RESC_AD", "retina.resc", True),
-    "oct17": PhantomSet("Retina_OCT2017_AD", "retina.oct17", False, ".jpeg"),
-    "chest": PhantomSet("Chest_AD", "tissue.chest", False),
-    "his": PhantomSet("Histopathology_AD", "tissue.his", False),
+    "brain": PhantomSet("Brain_AD", True),
+    "liver": PhantomSet("Liver_AD", True),
+    "resc": PhantomSet("Retina_RESC_AD", True),
+    "oct17": PhantomSet("Retina_OCT2017_AD", False, ".jpeg"),
+    "chest": PhantomSet("Chest_AD", False),
+    "his": PhantomSet("Histopathology_AD", False),
 }
 
 
@@ -59,10 +55,25 @@ def render(
 
     All randomness comes from `rng`. Raises ValueError for an unknown set.
     """
-    drawing = _known(set_name).draw(rng, anomalous)
+    _known(set_name)
+    drawing = _draw(set_name, rng, anomalous)
     while anomalous and not drawing.mask.any():  # its anomaly was hidden behind something: draw another
-        drawing = SETS[set_name].draw(rng, anomalous)
+        drawing = _draw(set_name, rng, anomalous)
     return drawing.encode()
+
+
+def _draw(set_name: str, rng: np.random.Generator, anomalous: bool) -> "Drawing":
+    from . import head_body, retina, tissue  # here, as most starts find their pictures drawn
+
+    draw = {
+        "brain": head_body.brain,
+        "liver": head_body.liver,
+        "resc": retina.resc,
+        "oct17": retina.oct17,
+        "chest": tissue.chest,
+        "his": tissue.his,
+    }
+    return draw[set_name](rng, anomalous)
 
 
 def make_phantoms(root: Path, sets: Sequence[str] = tuple(SETS), seed: int = 0) -> None:
