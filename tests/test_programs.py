@@ -35,6 +35,8 @@ def test_options_that_jaxlib_does_not_know_are_left_out(monkeypatch):
     assert programs.tower_options(model("brain_fewshot")) is None
 
 
+# Where a test before has turned JAX's compile cache on, as cli.py does, and compiling takes long enough to be kept.
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache entry.*ToProto")
 def test_a_program_is_the_same_by_onednn(monkeypatch):
     small = model("phantom_fewshot", start="random")
     frozen = jax.jit(lambda key: meta.unbox(small.init_frozen(key)))(jax.random.key(0))
