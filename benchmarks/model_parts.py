@@ -22,7 +22,6 @@ from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateU
 from iqe_jax.footprint import in_bytes
 from iqe_jax.models.iqe_clip import Features, IqeClip
 from iqe_jax.models.layers import product
-from iqe_jax.programs import tower_options
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch, create, step_program, step_settings
 
@@ -32,9 +31,9 @@ MATRIX_SHARE = {"cpu": 0.8, "gpu": 0.5}
 
 
 def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: str) -> None:
-    """The rate of one large matrix product, compiled as the tower is, which fractions are of; and PyTorch's."""
+    """The rate of one large matrix product, which fractions are of; and PyTorch's."""
     a = jax.random.normal(jax.random.key(0), (size, size), model.dtype)
-    ours = jax.jit(lambda a: product(a, a), compiler_options=tower_options(model))
+    ours = jax.jit(lambda a: product(a, a))
     calls: dict[str, Callable[[], Any]] = {"ours": partial(ours, a)}
     if torch is not None:
         calls["PyTorch"] = peers.product(size, model.config.dtype, peers.device_name(device))
@@ -54,7 +53,7 @@ def batch_for_memory(model: IqeClip, device: Any, limit: int = 1024) -> int:
     if free <= 0:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     frozen, side = jax.eval_shape(lambda key: meta.unbox(model.init_frozen(key)), jax.random.key(0)), model.config
-    tower = jax.jit(model.features, compiler_options=tower_options(model))
+    tower = jax.jit(model.features)
 
     def needed(size: int) -> int:
         images = jax.ShapeDtypeStruct((size, side.image_size, side.image_size, 3), jnp.float32)
@@ -87,8 +86,7 @@ class Parts:
         )
         self.images = draw.random((size, side, side, 3), np.float32)
         self.on_device = jax.device_put(self.images)
-        tower = jax.jit(model.features, compiler_options=tower_options(model))
-        self.tower = tower.lower({"vision": self.frozen["vision"]}, self.on_device).compile()
+        self.tower = jax.jit(model.features).lower({"vision": self.frozen["vision"]}, self.on_device).compile()
         self.features: Features = self.tower({"vision": self.frozen["vision"]}, self.on_device)
         self.masks = (draw.random((size, side, side)) > 0.9).astype(np.float32)
         self.labels = (np.arange(size) % 2).astype(np.float32)

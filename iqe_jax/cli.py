@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass
@@ -93,8 +92,6 @@ def started(launch: Launch, program: str) -> Iterator[None]:
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
             # The many that compile in less than a second add up to several, and are read in milliseconds.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            # Programs with oneDNN's products cannot be kept; see programs.py.
-            warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry.*ToProto")
         processes.start(
             launch.distributed, launch.coordinator, launch.processes, launch.process_id, timeout=launch.timeout
         )

@@ -26,7 +26,6 @@ from iqe_jax.config import Config, DataConfig
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.pipeline import image_batches
 from iqe_jax.models.iqe_clip import IqeClip, Params
-from iqe_jax.programs import TowerProgram
 from iqe_jax.progress import track
 from iqe_jax.sharding import Layout, reader_groups
 from iqe_jax.train_state import Batch
@@ -37,7 +36,7 @@ Check = Callable[[], object]  # called between two batches; may raise to stop
 Arrays = dict[str, np.ndarray]
 
 
-@partial(TowerProgram, static_argnames=("model", "layout"))
+@partial(jax.jit, static_argnames=("model", "layout"))
 def run_tower(
     model: IqeClip, frozen: Params, images: jax.Array, layout: Layout
 ) -> tuple[Float[jax.Array, "batch level patch width"], Float[jax.Array, "batch dim"]]:

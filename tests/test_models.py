@@ -14,7 +14,7 @@ from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
 from iqe_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipConfig, PatchEmbedding, Templates, TextTower, resize_positions
 from iqe_jax.models.iqe_clip import IqeClip, blur_matrix, upsampling_matrix
 from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention
-from iqe_jax.models.layers import ACTIVATIONS, LayerNorm
+from iqe_jax.models.layers import ACTIVATIONS, LayerNorm, _image_by_image, product
 from iqe_jax.sharding import make_layout
 
 CLIP = ClipConfig(
@@ -371,3 +371,26 @@ def test_bfloat16_is_close_to_float32(weights, pixels):
 def test_config_and_clip_must_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         model(**settings)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_attention_image_by_image_is_attention(kind):
+    for tokens, batch in ((20, 5), (300, 3), (300, 9)):  # a loop of single images, of several, and of none
+        key = jax.random.key(tokens)
+        query, of, value = 3 * jax.random.normal(key, (3, batch, tokens, 4, 16), jnp.dtype(kind))
+        expected = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (query, of, value)))
+        found = jax.jit(_image_by_image)(query, of, value)
+        assert found.dtype == query.dtype
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=2e-5 if kind == "float32" else 0.05)
+
+
+def test_products_of_bfloat16_are_summed_in_float32():
+    a, b = jax.random.normal(jax.random.key(0), (2, 300, 300), jnp.bfloat16)
+    exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    found = jax.jit(product)(a, b)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-4)
+    gradient = jax.grad(lambda a: product(a, b).astype(jnp.float32).sum())(a)
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float64)[0], np.asarray(b, np.float64).sum(1), rtol=0.02, atol=0.1
+    )

@@ -18,7 +18,7 @@ LAYERS = [
     ["iqe_jax.data"],
     ["iqe_jax.losses", "iqe_jax.metrics", "iqe_jax.pixel_metrics", "iqe_jax.optim"],
     ["convert"],
-    ["iqe_jax.processes", "iqe_jax.sharding", "iqe_jax.programs"],
+    ["iqe_jax.processes", "iqe_jax.sharding"],
     ["iqe_jax.weights"],
     ["iqe_jax.train_state"],
     ["iqe_jax.features", "iqe_jax.checkpoint", "iqe_jax.evaluator"],
