@@ -117,11 +117,12 @@ class TrainConfig:
     checkpoint_every: int = 5
     """Epochs between two checkpoints that a stopped run resumes from; the last step is always saved."""
     features: Literal["auto", "memory", "disk"] = "auto"
-    """Where frozen features are kept for training: auto takes memory while they fit in `feature_memory_gb`."""
+    """Where frozen features are kept for training. Zero-shot: auto takes memory while they fit in `feature_memory_gb`,
+    else disk. Few-shot: in memory, and by auto and disk in $IQE_JAX_CACHE too, for the next run on the same images."""
     feature_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the kept features; bfloat16 halves their size."""
     feature_memory_gb: float = 8.0
-    """Largest size in GB of features kept in memory under `features` auto."""
+    """Largest size in GB of zero-shot's features kept in memory under `features` auto."""
     accumulate: int = 1
     """Parts that a batch is worked off in, one after the other, adding up their gradients: less memory, same step."""
     remat: bool = False

@@ -1,8 +1,8 @@
 """Frozen features: the image tower's outputs, computed once and kept in memory or on disk.
 
 Few-shot keeps those of the augmented support images, zero-shot those of whole test splits; evaluation may keep them
-too or stream them. What is kept on disk is found again only by the digest of weights, preprocessing and files, and lies
-in shards of a few images, each written whole by one process and read by all.
+too or stream them. What is kept on disk is found again only by the digest of weights, preprocessing and files. Those of
+whole splits lie in shards of a few images, each written whole by one process and read by all.
 """
 
 import contextlib
@@ -26,11 +26,12 @@ from iqe_jax.config import Config, DataConfig
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.pipeline import image_batches
 from iqe_jax.models.iqe_clip import IqeClip, Params
-from iqe_jax.progress import track
+from iqe_jax.progress import console, track
 from iqe_jax.sharding import Layout, reader_groups
 from iqe_jax.train_state import Batch
 
 SHARD = 64  # images in one folder on disk: what a stopped run has to compute again at most, per process
+FORM = 1  # to be raised where other numbers come of the same weights and files: what was kept before is not taken then
 
 Check = Callable[[], object]  # called between two batches; may raise to stop
 Arrays = dict[str, np.ndarray]
@@ -162,6 +163,49 @@ def of_arrays(
     patch_tokens, image_features = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
     binary = None if masks is None else (masks > 0.5).astype(np.uint8)
     return FeatureSet(patch_tokens.astype(dtype), image_features, binary, labels.astype(np.float32))
+
+
+def kept_between_runs(
+    model: IqeClip,
+    frozen: Params,
+    samples: Sequence[Sample],
+    config: Config,
+    layout: Layout,
+    variants: str,
+    compute: Callable[[], FeatureSet],
+) -> FeatureSet:
+    """What `compute` gives for `samples`, in memory; read from the cache where an earlier run has left it there.
+
+    `variants` says what was made of the samples. With `train.features` memory nothing is read or left; a cache that
+    cannot be written to costs the next run the same work, not this one its features.
+    """
+    if config.train.features == "memory":
+        return compute()
+    folder = cache_dir() / "features" / _key(model, layout.gather(frozen["vision"]), samples, config, variants)
+    found = _read(folder, config)
+    if processes.everywhere(np.array([found is not None]))[0]:
+        assert found is not None
+        return found
+    found = compute()
+    if processes.is_main():
+        arrays = {name: array for name, array in vars(found).items() if array is not None}
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
+            _write(folder, arrays)
+        except OSError as error:
+            console.print(f"The features are not kept for the next run: {error}", markup=False)
+    return found
+
+
+def _read(folder: Path, config: Config) -> FeatureSet | None:
+    """The features in `folder`, or None where it does not hold them whole."""
+    try:
+        arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+        tokens = arrays.pop("patch_tokens").view(kept_dtype(config))
+        return FeatureSet(tokens, arrays["image_features"], arrays.get("masks"), arrays["labels"])
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
 
 
 def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> int:
@@ -321,20 +365,22 @@ def _write(shard: Path, arrays: Arrays) -> None:
     temporary = shard.with_name(f".{shard.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
-    with contextlib.suppress(OSError):  # another run of the same settings was quicker
-        temporary.rename(shard)
-    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
+        with contextlib.suppress(OSError):  # another run of the same settings was quicker
+            temporary.rename(shard)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _key(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Config) -> str:
+def _key(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Config, variants: str = "") -> str:
     """Digest of all that the features depend on: weights, preprocessing, and the files by path, size and time."""
     settings = model.config
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(weights.digest(vision).encode())
     preprocessing = (settings.image_size, settings.levels, settings.activation, settings.normalisation, settings.dtype)
-    hasher.update(repr((preprocessing, config.train.feature_dtype, SHARD)).encode())
+    hasher.update(repr((FORM, preprocessing, variants, config.train.feature_dtype, SHARD)).encode())
     for sample in samples:
         for path in (sample.image, sample.mask):
             if path is not None:

@@ -131,12 +131,15 @@ def load(
 def _support_features(
     config: Config, support: Sequence[Sample], model: IqeClip, frozen: Params, layout: Layout
 ) -> FeatureSet:
-    size = config.model.image_size
-    has_masks = any(sample.mask for sample in support)
-    (batch,) = image_batches(support, size, len(support), workers=0, with_masks=has_masks)
-    images, masks = augment(batch["image"], batch["mask"])
-    labels = np.tile(batch["label"], len(images) // len(support))
-    return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config, layout)
+    def compute() -> FeatureSet:
+        has_masks = any(sample.mask for sample in support)
+        (batch,) = image_batches(support, config.model.image_size, len(support), workers=0, with_masks=has_masks)
+        images, masks = augment(batch["image"], batch["mask"])
+        labels = np.tile(batch["label"], len(images) // len(support))
+        return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config, layout)
+
+    variants = f"{AUGMENTATIONS} augmentations"
+    return features.kept_between_runs(model, frozen, support, config, layout, variants, compute)
 
 
 def batch_at(

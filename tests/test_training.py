@@ -339,6 +339,39 @@ def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, t
     assert len(runs) == 4
 
 
+def test_a_few_shot_run_takes_the_features_that_one_before_it_kept(few_shot, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IQE_JAX_CACHE", str(tmp_path / "cache"))
+    runs, real = [], features.run_tower
+    monkeypatch.setattr(features, "run_tower", lambda *a: runs.append(1) or real(*a))
+
+    def towers(name, **settings):
+        """How often a run of one step ran the tower; its loss has to be that of the first."""
+        del runs[:]
+        experiment.run_training(at(few_shot, tmp_path / name, steps=1, **settings))
+        assert losses(tmp_path / name)[0]["loss"] == losses(tmp_path / "first")[0]["loss"]
+        return len(runs)
+
+    every = towers("first", features="memory")
+    assert every == 6  # 88 images, 16 at a time
+    assert not (tmp_path / "cache" / "features").exists()
+    assert [towers("second"), towers("third"), towers("fourth", features="disk")] == [every, 0, 0]
+    assert towers("fifth", features="memory") == every
+    (folder,) = (tmp_path / "cache" / "features").iterdir()
+    kept = folder / "patch_tokens.npy"
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert [towers("cut off"), towers("mended")] == [every, 0]
+    for path in load_split(few_shot.data.root, "brain", "valid"):
+        path.image.touch()
+    monkeypatch.setattr(features.np, "save", _full)
+    assert towers("full disk") == every
+    assert "not kept for the next run: no room" in capsys.readouterr().err
+    assert list((tmp_path / "cache" / "features").iterdir()) == [folder]
+
+
+def _full(*_):
+    raise OSError("no room")
+
+
 def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_root, monkeypatch):
     model, frozen, _ = golden_model
     recipe = dataclasses.replace(few_shot, model=model.config, train=dataclasses.replace(few_shot.train, batch_size=3))
