@@ -182,7 +182,7 @@ def kept_between_runs(
     if config.train.features == "memory":
         return compute()
     folder = cache_dir() / "features" / _key(model, layout.gather(frozen["vision"]), samples, config, variants)
-    found = _read(folder, config)
+    found = _read(folder, config, masks=any(sample.mask for sample in samples))
     if processes.everywhere(np.array([found is not None]))[0]:
         assert found is not None
         return found
@@ -198,12 +198,13 @@ def kept_between_runs(
     return found
 
 
-def _read(folder: Path, config: Config) -> FeatureSet | None:
+def _read(folder: Path, config: Config, *, masks: bool) -> FeatureSet | None:
     """The features in `folder`, or None where it does not hold them whole."""
     try:
         arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
         tokens = arrays.pop("patch_tokens").view(kept_dtype(config))
-        return FeatureSet(tokens, arrays["image_features"], arrays.get("masks"), arrays["labels"])
+        found = arrays["masks"] if masks else None
+        return FeatureSet(tokens, arrays["image_features"], found, arrays["labels"])
     except (OSError, ValueError, EOFError, KeyError):
         return None
 

@@ -360,6 +360,8 @@ def test_a_few_shot_run_takes_the_features_that_one_before_it_kept(few_shot, tmp
     kept = folder / "patch_tokens.npy"
     kept.write_bytes(kept.read_bytes()[:-100])
     assert [towers("cut off"), towers("mended")] == [every, 0]
+    (folder / "masks.npy").unlink()
+    assert [towers("one lost"), towers("found")] == [every, 0]
     for path in load_split(few_shot.data.root, "brain", "valid"):
         path.image.touch()
     monkeypatch.setattr(features.np, "save", _full)
