@@ -1,8 +1,7 @@
 """Frozen features: the image tower's outputs, computed once and kept in memory or on disk.
 
-Few-shot keeps those of the augmented support images, zero-shot those of whole test splits; evaluation may keep them
-too or stream them. What is kept on disk is found again only by the digest of weights, preprocessing and files. Those of
-whole splits lie in shards of a few images, each written whole by one process and read by all.
+Few-shot keeps those of augmented support images; zero-shot those of whole test splits, on disk in shards, each written
+whole by one process and read by all. They are found again only by the digest of weights, preprocessing and files.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from iqe_jax.config import Config, DataConfig
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.pipeline import image_batches
 from iqe_jax.models.iqe_clip import IqeClip, Params
-from iqe_jax.progress import console, track
+from iqe_jax.progress import track
 from iqe_jax.sharding import Layout, reader_groups
 from iqe_jax.train_state import Batch
 
@@ -165,50 +164,6 @@ def of_arrays(
     return FeatureSet(patch_tokens.astype(dtype), image_features, binary, labels.astype(np.float32))
 
 
-def kept_between_runs(
-    model: IqeClip,
-    frozen: Params,
-    samples: Sequence[Sample],
-    config: Config,
-    layout: Layout,
-    variants: str,
-    compute: Callable[[], FeatureSet],
-) -> FeatureSet:
-    """What `compute` gives for `samples`, in memory; read from the cache where an earlier run has left it there.
-
-    `variants` says what was made of the samples. With `train.features` memory nothing is read or left; a cache that
-    cannot be written to costs the next run the same work, not this one its features.
-    """
-    if config.train.features == "memory":
-        return compute()
-    folder = cache_dir() / "features" / _key(model, layout.gather(frozen["vision"]), samples, config, variants)
-    found = _read(folder, config, masks=any(sample.mask for sample in samples))
-    if processes.everywhere(np.array([found is not None]))[0]:
-        assert found is not None
-        return found
-    found = compute()
-    if processes.is_main():
-        arrays = {name: array for name, array in vars(found).items() if array is not None}
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
-            _write(folder, arrays)
-        except OSError as error:
-            console.print(f"The features are not kept for the next run: {error}", markup=False)
-    return found
-
-
-def _read(folder: Path, config: Config, *, masks: bool) -> FeatureSet | None:
-    """The features in `folder`, or None where it does not hold them whole."""
-    try:
-        arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
-        tokens = arrays.pop("patch_tokens").view(kept_dtype(config))
-        found = arrays["masks"] if masks else None
-        return FeatureSet(tokens, arrays["image_features"], found, arrays["labels"])
-    except (OSError, ValueError, EOFError, KeyError):
-        return None
-
-
 def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> int:
     """Bytes that the kept features and masks of `samples` take."""
     return len(samples) * kept_bytes(model, config, masks=any(sample.mask for sample in samples))
@@ -277,7 +232,7 @@ def _on_disk(
     labels: np.ndarray,
 ) -> FeatureSet:
     """The features in the cache, with those shards computed first that are not there yet."""
-    key = _key(model, layout.gather(frozen["vision"]), samples, config)
+    key = key_of(model, layout.gather(frozen["vision"]), samples, config)
     if others := processes.same_everywhere(key.encode()):
         raise ValueError(
             f"processes {others} see other files of {title} than process 0, by path, size or time; put the data where "
@@ -357,11 +312,11 @@ def _fill(
             whole = {name: np.concatenate([part[name] for part in buffer]) for name in buffer[0]}
             shard = queue.pop(0)
             if writes:
-                _write(shard, {name: array[:count] for name, array in whole.items()})
+                write(shard, {name: array[:count] for name, array in whole.items()})
             buffer = [{name: array[count:] for name, array in whole.items()}]
 
 
-def _write(shard: Path, arrays: Arrays) -> None:
+def write(shard: Path, arrays: Arrays) -> None:
     """Write one shard so that it is there whole or not at all."""
     temporary = shard.with_name(f".{shard.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -375,7 +330,7 @@ def _write(shard: Path, arrays: Arrays) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _key(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Config, variants: str = "") -> str:
+def key_of(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Config, variants: str = "") -> str:
     """Digest of all that the features depend on: weights, preprocessing, and the files by path, size and time."""
     settings = model.config
     hasher = hashlib.blake2b(digest_size=16)

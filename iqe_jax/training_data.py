@@ -4,13 +4,16 @@ Brings together samples (data/), frozen features (features.py) and the order of 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from iqe_jax import features
+from iqe_jax import features, processes
+from iqe_jax.cache import cache_dir
 from iqe_jax.config import Config
 from iqe_jax.data import phantoms
 from iqe_jax.data.bmad import Sample, load_split
@@ -19,6 +22,7 @@ from iqe_jax.data.supports import draw_support, held_out, read_support
 from iqe_jax.data.transforms import AUGMENTATIONS, augment
 from iqe_jax.features import Check, FeatureSet
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.progress import console
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
@@ -139,7 +143,53 @@ def _support_features(
         return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config, layout)
 
     variants = f"{AUGMENTATIONS} augmentations"
-    return features.kept_between_runs(model, frozen, support, config, layout, variants, compute)
+    return _kept_between_runs(model, frozen, support, config, layout, variants, compute)
+
+
+def _kept_between_runs(
+    model: IqeClip,
+    frozen: Params,
+    samples: Sequence[Sample],
+    config: Config,
+    layout: Layout,
+    variants: str,
+    compute: Callable[[], FeatureSet],
+) -> FeatureSet:
+    """What `compute` gives for `samples`, in memory; read from the cache where an earlier run has left it there.
+
+    `variants` says what was made of the samples. With `train.features` memory nothing is read or left; a cache that
+    cannot be written to costs the next run the same work, not this one its features.
+    """
+    if config.train.features == "memory":
+        return compute()
+    folder = (
+        cache_dir() / "features" / features.key_of(model, layout.gather(frozen["vision"]), samples, config, variants)
+    )
+    found = _read(folder, config, masks=any(sample.mask for sample in samples))
+    if processes.everywhere(np.array([found is not None]))[0]:
+        assert found is not None
+        return found
+    found = compute()
+    if processes.is_main():
+        arrays = {name: array for name, array in vars(found).items() if array is not None}
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
+            features.write(folder, arrays)
+        except OSError as error:
+            console.print(f"The features are not kept for the next run: {error}", markup=False)
+    return found
+
+
+def _read(folder: Path, config: Config, *, masks: bool) -> FeatureSet | None:
+    """The features in `folder`, or None where it does not hold them whole."""
+    try:
+        arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+        tokens = arrays.pop("patch_tokens").view(features.kept_dtype(config))
+        found = arrays["masks"] if masks else None
+        return FeatureSet(tokens, arrays["image_features"], found, arrays["labels"])
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
 
 
 def batch_at(
