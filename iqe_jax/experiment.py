@@ -103,7 +103,8 @@ def dry_run(config: Config) -> None:
         samples = [sample for own in plan.training.values() for sample in own]
         sizes = [features.size_in_bytes(model, samples * AUGMENTATIONS, config)]
         where = "in the memory of each process"
-        where += "" if config.train.features == "memory" else ", and once on disk for the next run"
+        if config.train.features != "memory":
+            where += ", and once on disk for the next run"
     if processes.is_main():
         title = f"{config.name} on {layout.mesh.size} devices, {dict(layout.mesh.shape)}"
         Console().print(footprint_table(title, programs, features=(where, sum(sizes))))

@@ -5,7 +5,7 @@ Brings together samples (data/), frozen features (features.py) and the order of 
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,41 +135,21 @@ def load(
 def _support_features(
     config: Config, support: Sequence[Sample], model: IqeClip, frozen: Params, layout: Layout
 ) -> FeatureSet:
-    def compute() -> FeatureSet:
-        has_masks = any(sample.mask for sample in support)
-        (batch,) = image_batches(support, config.model.image_size, len(support), workers=0, with_masks=has_masks)
-        images, masks = augment(batch["image"], batch["mask"])
-        labels = np.tile(batch["label"], len(images) // len(support))
-        return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config, layout)
+    """Features of the augmented support, in memory; read from the cache where an earlier run has left them there.
 
-    variants = f"{AUGMENTATIONS} augmentations"
-    return _kept_between_runs(model, frozen, support, config, layout, variants, compute)
-
-
-def _kept_between_runs(
-    model: IqeClip,
-    frozen: Params,
-    samples: Sequence[Sample],
-    config: Config,
-    layout: Layout,
-    variants: str,
-    compute: Callable[[], FeatureSet],
-) -> FeatureSet:
-    """What `compute` gives for `samples`, in memory; read from the cache where an earlier run has left it there.
-
-    `variants` says what was made of the samples. With `train.features` memory nothing is read or left; a cache that
-    cannot be written to costs the next run the same work, not this one its features.
+    With `train.features` memory nothing is read or left. A cache that cannot be written to costs the next run the same
+    work, not this one its features.
     """
     if config.train.features == "memory":
-        return compute()
-    folder = (
-        cache_dir() / "features" / features.key_of(model, layout.gather(frozen["vision"]), samples, config, variants)
-    )
-    found = _read(folder, config, masks=any(sample.mask for sample in samples))
+        return _augmented_features(config, support, model, frozen, layout)
+    vision, variants = layout.gather(frozen["vision"]), f"{AUGMENTATIONS} augmentations"
+    folder = cache_dir() / "features" / features.key_of(model, vision, support, config, variants)
+    found = _read(folder, config, masks=any(sample.mask for sample in support))
+    # Where one process lacks them all compute, as they share the image tower's work.
     if processes.everywhere(np.array([found is not None]))[0]:
         assert found is not None
         return found
-    found = compute()
+    found = _augmented_features(config, support, model, frozen, layout)
     if processes.is_main():
         arrays = {name: array for name, array in vars(found).items() if array is not None}
         try:
@@ -179,6 +159,17 @@ def _kept_between_runs(
         except OSError as error:
             console.print(f"The features are not kept for the next run: {error}", markup=False)
     return found
+
+
+def _augmented_features(
+    config: Config, support: Sequence[Sample], model: IqeClip, frozen: Params, layout: Layout
+) -> FeatureSet:
+    size = config.model.image_size
+    has_masks = any(sample.mask for sample in support)
+    (batch,) = image_batches(support, size, len(support), workers=0, with_masks=has_masks)
+    images, masks = augment(batch["image"], batch["mask"])
+    labels = np.tile(batch["label"], len(images) // len(support))
+    return features.of_arrays(model, frozen, images, masks if has_masks else None, labels, config, layout)
 
 
 def _read(folder: Path, config: Config, *, masks: bool) -> FeatureSet | None:
