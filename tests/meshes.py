@@ -60,18 +60,23 @@ class Run:
         batch = host_batch(images, self.size)
         self.batch = layout.place(jax.tree.map(lambda x: x[layout.rows(self.size)], batch), self.size)
 
-    def gradients(self):
-        """Loss and gradients on the host, without dropout."""
-        gradient = jax.jit(jax.value_and_grad(lambda t, f, b: objective(self.model, t, f, b)[0]))
-        with self.layout.active():
-            return self.layout.gather(gradient(self.state.trainable, self.frozen, self.batch))
+    def gradients_and_head(self):
+        """Loss and gradients on the host, without dropout, and the head's outputs where they lie."""
 
-    def places(self):
+        def loss_and_head(trainable, frozen, batch):
+            head = self.model.head(trainable, frozen, batch.features())
+            return objective(self.model, trainable, frozen, batch)[0], head
+
+        gradient = jax.jit(jax.value_and_grad(loss_and_head, has_aux=True))
+        with self.layout.active():
+            (loss, head), gradients = gradient(self.state.trainable, self.frozen, self.batch)
+        return self.layout.gather((loss, gradients)), head
+
+    def places(self, head):
         """How every parameter and every activation by name is split."""
         layout, state, model = self.layout, self.state, self.model
         pixels = layout.place(np.zeros((len(layout.rows(self.size)), 42, 42, 3), np.float32), self.size)
         with layout.active():
-            head = jax.jit(lambda t, f, b: model.head(t, f, b.features()))(state.trainable, self.frozen, self.batch)
             tower = run_tower(model, self.frozen, pixels, layout)
         arrays = {"trainable": state.trainable, "opt_state": state.opt_state, "frozen": self.frozen, "head": head}
         arrays["tower"] = dict(zip(("patch_tokens", "image_features"), tower, strict=True))
@@ -127,27 +132,31 @@ def far(one, other) -> float:
 
 def main(path: Path) -> None:
     assert len(jax.devices()) == 8
-    frozen = jax.tree.map(np.asarray, meta.unbox(IqeClip(CLIP, MODEL, TEMPLATES).init_frozen(jax.random.key(1))))
+    frozen = meta.unbox(jax.jit(IqeClip(CLIP, MODEL, TEMPLATES).init_frozen)(jax.random.key(1)))
+    frozen = jax.tree.map(np.asarray, frozen)
     single = make_layout(MeshConfig(), jax.devices()[:1])
     one = Run(single, frozen)
-    loss, gradients = one.gradients()
+    (loss, gradients), _ = one.gradients_and_head()
     losses = one.five_steps()
     found = {}
     for name, mesh in MESHES.items():
         run = Run(make_layout(mesh), frozen)
-        places, (a, b), c = run.places(), run.gradients(), run.five_steps()
+        (a, b), head = run.gradients_and_head()
+        places, c = run.places(head), run.five_steps()
         found[name] = {"loss": abs(float(a) - float(loss)), "gradients": far(b, gradients), "steps": far(c, losses)}
         found[name]["pixels"] = far(pixel_figures(run.layout), pixel_figures(None))
         found[name] |= {"places": places, "mesh": dict(run.layout.mesh.shape)}
-    # 13 images are padded to 16 rows on 8 devices, and not on one. Dropout draws by row and by part: none here.
-    plain = Run(single, frozen, dropout=0.0, images=13).five_steps()
-    for name, settings in {"padded": {}, "accumulated": {"accumulate": 13}, "remat": {"remat": True}}.items():
-        layout = single if name == "accumulated" else make_layout(MESHES["data"])
-        steps = Run(layout, frozen, dropout=0.0, images=13, **settings).five_steps()
+    # 26 images, and the 13 of each half, are padded to whole rows on 8 devices, and not on one. Dropout draws by row
+    # and by part: none here.
+    plain = Run(single, frozen, dropout=0.0, images=26).five_steps()
+    cases = {
+        "accumulated": (single, {"accumulate": 13}),
+        "padded, remat": (make_layout(MESHES["data"]), {"remat": True}),
+        "padded, accumulated on a mesh": (make_layout(MESHES["mixed"]), {"accumulate": 2}),
+    }
+    for name, (layout, settings) in cases.items():
+        steps = Run(layout, frozen, dropout=0.0, images=26, **settings).five_steps()
         found[name] = {"steps": far(steps, plain)}
-    accumulated = Run(make_layout(MESHES["mixed"]), frozen, dropout=0.0, images=26, accumulate=2).five_steps()
-    whole = Run(single, frozen, dropout=0.0, images=26).five_steps()
-    found["accumulated on a mesh"] = {"steps": far(accumulated, whole)}
     try:
         boxed = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((2, 6), np.float32), ("embed", "heads"))
         make_layout(MESHES["tensor"]).shardings({"dense": {"kernel": boxed}})

@@ -13,6 +13,8 @@ from iqe_jax.models import layers
 from iqe_jax.models.iqe_clip import Features
 from iqe_jax.weights import describe
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -25,6 +25,7 @@ from iqe_jax.scaling import predicted_row
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import describe
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).parents[1]
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true

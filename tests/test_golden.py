@@ -11,6 +11,7 @@ from iqe_jax import config, train_state
 from iqe_jax.data.transforms import augment
 from iqe_jax.evaluator import evaluate
 from iqe_jax.sharding import make_layout
+from tests import compiled
 from tests.conftest import GOLDEN
 from tests.parity import golden
 
@@ -35,7 +36,7 @@ def images(tag="images"):
 
 def golden_batch(model, frozen, tag="images", masks=True):
     pixels, mask, labels = images(tag)
-    features = model.features(frozen, pixels)
+    features = compiled.features(model, frozen, pixels)
     patch_tokens = jnp.moveaxis(features.patch_tokens, 0, 1)
     return train_state.Batch(patch_tokens, features.image_features, mask if masks else None, labels, np.ones(4))
 
@@ -82,11 +83,11 @@ def test_without_the_global_term(golden_files, name):
 def test_losses(golden_model):
     model, frozen, trainable = golden_model
     batch = golden_batch(model, frozen)
-    total, terms = train_state.objective(model, trainable, frozen, batch)
+    total, terms = compiled.objective(model, trainable, frozen, batch)
     found = {"total": total, "det": terms["detection"], "focal": terms["focal"], "dice": terms["dice"]}
     for name, value in found.items():
         assert float(value) == pytest.approx(GOLDEN[f"loss/seg/{name}"], abs=1e-5)
-    total, terms = train_state.objective(model, trainable, frozen, batch.replace(masks=None))
+    total, terms = compiled.objective(model, trainable, frozen, batch.replace(masks=None))
     assert set(terms) == {"detection"}
     assert float(total) == pytest.approx(GOLDEN["loss/det/total"], abs=1e-5)
     assert float(terms["detection"]) == pytest.approx(GOLDEN["loss/det/det"], abs=1e-5)
@@ -99,7 +100,7 @@ def gradients(golden_model, tmp_path_factory):
 
     model, frozen, trainable = golden_model
     batch = golden_batch(model, frozen)
-    tree = jax.jit(jax.grad(lambda t: train_state.objective(model, t, frozen, batch)[0]))(trainable)
+    tree = compiled.gradients(trainable, model, frozen, batch)
     path = tmp_path_factory.mktemp("gradients") / "gradients.pth"
     save_adapter(jax.tree.map(np.asarray, tree), path)
     named = {}
@@ -143,7 +144,8 @@ def test_training_run(golden_model):
         )
         losses.append(float(found["loss"]))
     np.testing.assert_allclose(losses, GOLDEN["train/losses"], rtol=0, atol=2e-5)
-    prediction = model.predict(model.head(state.trainable, frozen, golden_batch(model, frozen).features()))
+    outputs = compiled.head(model, state.trainable, frozen, golden_batch(model, frozen).features())
+    prediction = compiled.predict(model, outputs)
     for name in ("segmentation", "score_zero", "score_few"):
         assert_close(prediction[name], GOLDEN[f"train/{name}"], 2e-5)
 

@@ -12,10 +12,11 @@ from flax.core import meta
 from iqe_jax import train_state
 from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
 from iqe_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipConfig, PatchEmbedding, Templates, TextTower, resize_positions
-from iqe_jax.models.iqe_clip import IqeClip, blur_matrix, upsampling_matrix
+from iqe_jax.models.iqe_clip import INITIAL_TEMPERATURE, IqeClip, blur_matrix, upsampling_matrix
 from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention
 from iqe_jax.models.layers import ACTIVATIONS, LayerNorm, _image_by_image, product
 from iqe_jax.sharding import make_layout
+from tests import compiled
 
 CLIP = ClipConfig(
     image_size=24,
@@ -37,22 +38,36 @@ def model(**settings):
     return IqeClip(CLIP, dataclasses.replace(CONFIG, **settings), TEMPLATES)
 
 
-def spread(tree, seed=0, scale=1.0):
-    """The tree's shapes filled with noise, so that biases and scales are not at their starting values."""
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(draw.normal(0, 0.1, x.shape), jnp.float32) * scale + x, tree)
+def drawn(init, *inputs):
+    """Parameters of the shapes that `init` gives, all of them noise, so that no bias or scale is at its start."""
+    draw = np.random.default_rng(0)
+    shapes = meta.unbox(jax.eval_shape(init, jax.random.key(0), *inputs))
+
+    def values(path, x):
+        centre = {"scale": 1.0, "prompt_temp": INITIAL_TEMPERATURE, "logit_scale": INITIAL_TEMPERATURE}
+        return jnp.asarray(draw.normal(centre.get(path[-1].key, 0.0), 0.1, x.shape), jnp.float32)
+
+    return jax.tree.map_with_path(values, shapes)
 
 
 @pytest.fixture(scope="module")
 def weights():
-    trainable = spread(meta.unbox(jax.jit(model().init)(jax.random.key(0))))
-    frozen = spread(meta.unbox(jax.jit(model().init_frozen)(jax.random.key(1))))
-    return trainable, frozen
+    return drawn(model().init), drawn(model().init_frozen)
 
 
 @pytest.fixture(scope="module")
 def pixels():
     return np.random.default_rng(0).random((3, 24, 24, 3), np.float32)
+
+
+@jax.jit
+def encode(text, ids, ends):
+    return TextTower(CLIP).apply({"params": text}, ids, ends, method="encode")
+
+
+@jax.jit
+def encode_prompted(text, learnable, class_tokens):
+    return TextTower(CLIP).apply({"params": text}, TEMPLATES, learnable, class_tokens, method="encode_prompted")
 
 
 # ------------------------------------------------------------------------------------------------ textbook forms
@@ -114,7 +129,7 @@ def test_prompted_text_tower(weights, depth):
     draw = np.random.default_rng(1)
     learnable = draw.normal(size=(depth, 3, 128)).astype(np.float32)
     class_tokens = draw.normal(size=(2, 4, 128)).astype(np.float32)
-    found = TextTower(CLIP).apply({"params": text}, TEMPLATES, learnable, class_tokens, method="encode_prompted")
+    found = encode_prompted(text, learnable, class_tokens)
     np.testing.assert_allclose(found, textbook_text(text, learnable, class_tokens), rtol=0, atol=2e-5)
 
 
@@ -122,11 +137,10 @@ def test_no_learnable_tokens_leaves_the_plain_text_tower(weights):
     """With no prompt tokens and a token's own embedding as class token, the prompted way is the plain one."""
     text = weights[1]["text"]
     class_tokens = jnp.broadcast_to(text["token_embedding"][11], (1, 1, 128))
-    tower, empty = TextTower(CLIP), jnp.zeros((1, 0, 128))
-    prompted = tower.apply({"params": text}, TEMPLATES, empty, class_tokens, method="encode_prompted")
-    projected = tower.apply({"params": text}, prompted, method="project")
+    prompted = encode_prompted(text, jnp.zeros((1, 0, 128)), class_tokens)
+    projected = TextTower(CLIP).apply({"params": text}, prompted, method="project")
     for row, ids in enumerate(TEMPLATES.ids):
-        plain = tower.apply({"params": text}, jnp.array([[*ids, 11]]), jnp.array([len(ids)]), method="encode")
+        plain = encode(text, jnp.array([[*ids, 11]]), jnp.array([len(ids)]))
         np.testing.assert_allclose(projected[0, row], plain[0], atol=2e-5)
 
 
@@ -157,7 +171,7 @@ def test_query_module(weights):
     p = jax.tree.map(np.asarray, weights[0]["iqm"])
     draw = np.random.default_rng(2)
     query, dense, text = (draw.normal(size=s).astype(np.float32) for s in ((3, 2, 128), (2, 3, 9, 128), (3, 2, 128)))
-    found = Iqm(128, 2, 4, 96).apply({"params": p}, query, dense, text)
+    found = jax.jit(Iqm(128, 2, 4, 96).apply)({"params": p}, query, dense, text)
     for level in range(2):
         for image in range(3):
             expected = textbook_iqm(p, query[image], dense[level, image], text[image], 4)
@@ -169,7 +183,7 @@ def test_folding_changes_neither_values_nor_gradients(dropout):
     draw = np.random.default_rng(3)
     x, context = (draw.normal(size=s).astype(np.float32) for s in ((2, 2, 64), (2, 7, 64)))
     plain = QueryAttention(64, 4, folded=False, dropout=dropout)
-    params = spread(meta.unbox(plain.init(jax.random.key(0), x, context)))
+    params = drawn(plain.init, x, context)
     key = {"dropout": jax.random.key(5)}
 
     def total(params, x, context, folded):
@@ -179,7 +193,7 @@ def test_folding_changes_neither_values_nor_gradients(dropout):
     for value in ("value", "gradient"):
         function = total if value == "value" else jax.grad(total, argnums=(0, 1, 2))
         with jax.default_matmul_precision("float32"):
-            one, other = (function(params, x, context, folded) for folded in (False, True))
+            one, other = (jax.jit(function, static_argnums=3)(params, x, context, folded) for folded in (False, True))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), one, other)
 
 
@@ -188,7 +202,8 @@ def test_maps_are_the_two_channel_softmax_upsampled():
     channels = torch.from_numpy(logits).permute(0, 1, 3, 2).reshape(6, 2, 3, 3)
     up = torch.nn.functional.interpolate(channels, (24, 24), mode="bilinear", align_corners=True)
     expected = up.softmax(1)[:, 1].reshape(2, 3, 24, 24)
-    np.testing.assert_allclose(model().maps(jnp.asarray(logits[..., 1] - logits[..., 0])), expected, atol=1e-6)
+    found = compiled.maps(model(), jnp.asarray(logits[..., 1] - logits[..., 0]))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("grid", "side"), [(1, 5), (2, 2), (5, 40), (17, 240), (7, 3)])
@@ -236,14 +251,14 @@ def test_position_table_is_resized_as_torch_does(grid):
 
 def test_clip_normalisation_is_of_the_pixels(weights, pixels):
     normalised = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
-    expected = model().features(weights[1], normalised)
-    found = model(normalisation="clip").features(weights[1], pixels)
+    expected = compiled.features(model(), weights[1], normalised)
+    found = compiled.features(model(normalisation="clip"), weights[1], pixels)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 def test_levels_are_counted_from_one(weights, pixels):
-    both = model().features(weights[1], pixels).patch_tokens
-    np.testing.assert_array_equal(model(levels=(2,)).features(weights[1], pixels).patch_tokens[0], both[1])
+    both = compiled.features(model(), weights[1], pixels).patch_tokens
+    np.testing.assert_array_equal(compiled.features(model(levels=(2,)), weights[1], pixels).patch_tokens[0], both[1])
 
 
 def test_activations():
@@ -273,8 +288,8 @@ def test_the_trained_norm_in_the_text_tower_has_eps_1e_6(weights):
 
 def head(weights, pixels, key=None, dropout=0.0, **settings):
     m = model(**settings)
-    features = m.features(weights[1], pixels)
-    return m.head(weights[0], weights[1], features, dropout=dropout, dropout_key=key)
+    features = compiled.features(m, weights[1], pixels)
+    return compiled.head(m, weights[0], weights[1], features, dropout=dropout, dropout_key=key)
 
 
 def test_dropout_acts_only_where_a_key_is_given(weights, pixels):
@@ -303,15 +318,15 @@ def test_without_the_global_term_prompts_do_not_see_the_image(weights, pixels):
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_number_of_prompt_tokens(pixels, weights, tokens):
     m = model(learnable_tokens=tokens, prompt_len=tokens or 1, prompt_depth=2)
-    trainable = meta.unbox(jax.jit(m.init)(jax.random.key(0)))
+    trainable = drawn(m.init)
     assert trainable["prompts"]["deep_prompt_embeddings"].shape == (1, tokens, 128)
-    found = m.head(trainable, weights[1], m.features(weights[1], pixels))
+    found = compiled.head(m, trainable, weights[1], compiled.features(m, weights[1], pixels))
     assert found["class_tokens"].shape == (3, tokens or 1, 128)
     assert np.isfinite(found["scores_text"]).all()
 
 
 def test_image_scores(weights, pixels):
-    prediction = model().predict(head(weights, pixels))
+    prediction = compiled.predict(model(), head(weights, pixels))
     flat = np.sort(np.asarray(prediction["segmentation"]).reshape(3, -1))
     np.testing.assert_allclose(prediction["score_max"], flat[:, -1], atol=1e-6)
     np.testing.assert_allclose(prediction["score_top"], flat[:, -6:].mean(1), atol=1e-6)  # 576 pixels
@@ -327,11 +342,11 @@ def test_a_start_from_clip_is_clips_own_comparison(weights, pixels):
     frozen["vision"]["ln_post"]["bias"] = jnp.zeros(64)  # the start leaves it out
     m = model(learnable_tokens=0, prompt_len=1, start="clip")
     trainable = train_state.create(m, TrainConfig(), frozen, make_layout(MeshConfig())).trainable
-    features = m.features(frozen, pixels)
-    found = m.head(trainable, frozen, features)
-    tower, rows = TextTower(CLIP), []
+    features = compiled.features(m, frozen, pixels)
+    found = compiled.head(m, trainable, frozen, features)
+    rows = []
     for ids in TEMPLATES.ids:
-        row = tower.apply({"params": frozen["text"]}, jnp.array([[*ids, 49]]), jnp.array([len(ids)]), method="encode")
+        row = encode(frozen["text"], jnp.array([[*ids, 49]]), jnp.array([len(ids)]))
         rows.append(row[0] / np.linalg.norm(row[0]))
     np.testing.assert_allclose(found["text_embeddings"], np.broadcast_to(rows, (3, 2, 128)), atol=2e-5)
     tokens = norm(np.asarray(features.patch_tokens), frozen["vision"]["ln_post"]) @ frozen["vision"]["proj"]["kernel"]
@@ -342,18 +357,18 @@ def test_a_start_from_clip_is_clips_own_comparison(weights, pixels):
 
 def test_fusion_weight(weights, pixels):
     outputs = head(weights, pixels, sigma=0.0)
-    query, text = (model(fusion_weight=w, sigma=0.0).predict(outputs)["segmentation"] for w in (1.0, 0.0))
-    mixed = model(fusion_weight=0.25, sigma=0.0).predict(outputs)
+    query, text = (compiled.predict(model(fusion_weight=w, sigma=0.0), outputs)["segmentation"] for w in (1.0, 0.0))
+    mixed = compiled.predict(model(fusion_weight=0.25, sigma=0.0), outputs)
     np.testing.assert_allclose(mixed["segmentation"], 0.25 * query + 0.75 * text, atol=1e-6)
     np.testing.assert_allclose(mixed["maps_query"].mean(0), query, atol=1e-6)
 
 
 def test_bfloat16_is_close_to_float32(weights, pixels):
-    exact = model().predict(head(weights, pixels))
+    exact = compiled.predict(model(), head(weights, pixels))
     m = model(dtype="bfloat16")
-    features = m.features(weights[1], pixels)
+    features = compiled.features(m, weights[1], pixels)
     assert features.patch_tokens.dtype == jnp.bfloat16
-    half = m.predict(m.head(weights[0], weights[1], features))
+    half = compiled.predict(m, compiled.head(m, weights[0], weights[1], features))
     assert half["segmentation"].dtype == jnp.float32
     np.testing.assert_allclose(half["segmentation"], exact["segmentation"], atol=0.05)
 

@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 
 import nbformat
+import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).parents[1]
 SMALLER = "--train.steps 2 --model.image-size 48 --model.iqm-layers 1 --eval.heatmaps 0"
 

@@ -26,6 +26,7 @@ from iqe_jax.data.scans import open_scan
 from iqe_jax.ledger import find, itemise
 from iqe_jax.prediction import Options
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).parents[1]
 DICOM = Path(pydicom.__path__[0]) / "data" / "test_files"
 NIFTI = Path(nibabel.__path__[0]) / "tests" / "data"

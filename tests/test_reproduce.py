@@ -8,6 +8,8 @@ import pytest
 
 from iqe_jax import reproduce
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def arguments(root, settings, out):
     model = ["--model.clip", settings["clip"], "--model.image-size", "40", "--model.levels", "2", "4"]

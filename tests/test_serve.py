@@ -23,6 +23,7 @@ from iqe_jax.service import Service
 from iqe_jax.web import create_app
 from tests.runs import small_run
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 50, 40, 3), np.uint8)
 LIMITS = Limits(batch_size=4, max_mb=4, max_megapixels=0.5, max_frames=10, max_requests=32, max_total_mb=40, wait_ms=20)
 TOKEN = "a secret of some length"

@@ -15,15 +15,13 @@ from iqe_jax.sharding import make_layout
 
 TESTS = Path(__file__).parent
 MESHES = ["data", "fsdp", "tensor", "mixed"]
-# Compiling is all the time this takes; what is compiled does not have to be fast.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, quick_compile):
     """What tests/meshes.py found."""
     path = tmp_path_factory.mktemp("meshes") / "found.json"
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": QUICK, "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(TESTS.parent)}
     done = subprocess.run(
         [sys.executable, str(TESTS / "meshes.py"), str(path)], env=environment, capture_output=True, text=True
     )
@@ -43,7 +41,7 @@ def test_pixels_counted_on_several_devices_are_those_of_one(found, mesh):
     assert found[mesh]["pixels"] == 0
 
 
-@pytest.mark.parametrize("case", ["padded", "accumulated", "remat", "accumulated on a mesh"])
+@pytest.mark.parametrize("case", ["accumulated", "padded, remat", "padded, accumulated on a mesh"])
 def test_padding_accumulation_and_rematerialisation_change_no_loss(found, case):
     assert found[case]["steps"] < 1e-5
 

@@ -18,7 +18,9 @@ from iqe_jax.data.bmad import load_split
 from iqe_jax.metrics import IMAGE_METRICS
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import chosen_on, load_adapter
+from tests import compiled
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 LAYOUT = make_layout(config.MeshConfig())
 
 
@@ -528,10 +530,7 @@ def test_padding_of_a_batch_changes_neither_loss_nor_gradients(golden_model):
     padded = {name: np.concatenate([array, array[:2] * 0.3]) for name, array in arrays.items()}
     padded = train_state.Batch(**padded, weight=np.array([1, 1, 1, 0, 0], np.float32))
 
-    def gradient(batch):
-        return jax.grad(lambda t: train_state.objective(model, t, frozen, batch)[0])(trainable)
-
-    one, other = gradient(small), gradient(padded)
+    one, other = (compiled.gradients(trainable, model, frozen, batch) for batch in (small, padded))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, other)
 
 
