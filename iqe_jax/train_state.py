@@ -71,7 +71,8 @@ class TrainState:
     key: UInt32[Array, " words"]
 
 
-def _initial(model: IqeClip, rates: tuple[float, float], seed: jax.Array | int) -> TrainState:
+@partial(jax.jit, static_argnames=("model", "rates"))
+def _initial(model: IqeClip, rates: tuple[float, float], seed: jax.Array) -> TrainState:
     """The state before the first step, with the boxes that say by which rule each array is split."""
     root = jax.random.key(seed)
     params = model.init(jax.random.fold_in(root, 0))
@@ -81,13 +82,16 @@ def _initial(model: IqeClip, rates: tuple[float, float], seed: jax.Array | int) 
 
 def state_shapes(model: IqeClip, rates: tuple[float, float]) -> TrainState:
     """The shapes of a TrainState, in boxes that say by which rule each array is split; nothing is drawn."""
-    return jax.eval_shape(partial(_initial, model, rates, 0))
+    return _initial.eval_shape(model, rates, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 @cache
 def state_shardings(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
     """Where each array of a TrainState lies. Raises ValueError as `Layout.shardings`."""
-    return layout.shardings(state_shapes(model, rates))
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=layout.replicated)  # as `_create` has it: traced once for both
+    with layout.active():
+        shapes = _initial.eval_shape(model, rates, seed)
+    return layout.shardings(shapes)
 
 
 @partial(jax.jit, static_argnames=("model", "rates", "layout"))
