@@ -158,9 +158,9 @@ class TextTower(nn.Module):
     def encode(self, ids: Int[Array, "batch tokens"], ends: Int[Array, " batch"]) -> Float[Array, "batch dim"]:
         """CLIP's own text embedding, read at each text's end token (position `ends`); not normalised."""
         x = self.token_embedding[ids] + self.position_embedding[: ids.shape[1]]
-        x = x.astype(self.dtype)
+        x, causal = x.astype(self.dtype), partial(jax.nn.dot_product_attention, is_causal=True)
         for block in self._blocks:
-            x, _ = block(x, partial(jax.nn.dot_product_attention, is_causal=True))
+            x, _ = block(x, causal)
         return self.project(jnp.take_along_axis(x, ends[:, None, None], 1)[:, 0])
 
     def project(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
@@ -189,17 +189,19 @@ class TextTower(nn.Module):
         x = (class_tokens[None] + positions[:, None]).astype(self.dtype)  # [template, batch, class, dim]
         # Padding of the shorter templates is hidden from the class tokens; causality hides it from the prefix.
         visible = np.arange(prefix.shape[1]) < (lengths + slots)[:, None]  # [template, prefix]
+        merged = partial(_attend_merged, prefix=prefix.shape, own=x.shape, visible=visible)
+        causal = partial(jax.nn.dot_product_attention, is_causal=True)
 
         for i, block in enumerate(self._blocks):
             if 0 < i < learnable.shape[0]:
                 prefix = prefix.at[:, 1 : 1 + slots].set(learnable[i].astype(self.dtype))
             if whole():  # one product for all rows reads the weights once, which is what takes the time
                 rows = jnp.concatenate([prefix.reshape(-1, prefix.shape[-1]), x.reshape(-1, x.shape[-1])])
-                rows, _ = block(rows, partial(_attend_merged, prefix=prefix.shape, own=x.shape, visible=visible))
+                rows, _ = block(rows, merged)
                 prefix, x = _split_rows(rows, prefix.shape, x.shape)
                 continue
-            prefix, key_value = block(prefix, partial(jax.nn.dot_product_attention, is_causal=True))
-            x, _ = block(x, partial(_attend_to_prefix, prefix=key_value, visible=visible))
+            prefix, key_value = block(prefix, causal)
+            x, _ = block.forward(x, partial(_attend_to_prefix, prefix=key_value, visible=visible))
             prefix, x = split(prefix, None, None, None), split(x, None, "batch", None, None)
         return x[:, :, -1].swapaxes(0, 1)
 

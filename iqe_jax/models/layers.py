@@ -5,9 +5,9 @@ Towers, prompts and the query module are built on these in their own files.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -223,13 +223,31 @@ class Block(nn.Module):
     activation: str
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(
         self, x: Float[Array, "... tokens width"], attend: Attend
     ) -> tuple[Float[Array, "... tokens width"], tuple[jax.Array, jax.Array]]:
-        """Return the new tokens, and this block's keys and values."""
+        """Return the new tokens, and this block's keys and values.
+
+        Blocks that are given the same `attend` are traced once for all of them.
+        """
+        if self.is_initializing():
+            return self.forward(x, attend)
+        return _traced_once(self.clone(parent=None, name=None), attend, self.variables["params"], x)
+
+    @nn.compact
+    def forward(
+        self, x: Float[Array, "... tokens width"], attend: Attend
+    ) -> tuple[Float[Array, "... tokens width"], tuple[jax.Array, jax.Array]]:
+        """As `__call__`, traced here; for an `attend` that holds arrays of what is being traced."""
         attention = SelfAttention(self.width, self.heads, self.dtype, name="attn")
         attended, key_value = attention(LayerNorm(dtype=self.dtype, name="ln_1")(x), attend)
         x = x + attended
         x = x + Mlp(self.width, self.activation, self.dtype, name="mlp")(LayerNorm(dtype=self.dtype, name="ln_2")(x))
         return x, key_value
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _traced_once(
+    block: Block, attend: Attend, params: Mapping[str, Any], x: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return block.apply({"params": params}, x, attend, method="forward")  # pyright: ignore[reportReturnType]
