@@ -256,6 +256,12 @@ def test_clip_normalisation_is_of_the_pixels(weights, pixels):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
+def test_blocks_of_a_tower_are_traced_once(weights, pixels):
+    program = jax.make_jaxpr(model().features)(weights[1], pixels)
+    blocks = [x.params["jaxpr"] for x in program.eqns if x.params.get("name") == "_traced_once"]
+    assert len(blocks) == CLIP.vision_layers and all(block is blocks[0] for block in blocks)
+
+
 def test_levels_are_counted_from_one(weights, pixels):
     both = compiled.features(model(), weights[1], pixels).patch_tokens
     np.testing.assert_array_equal(compiled.features(model(levels=(2,)), weights[1], pixels).patch_tokens[0], both[1])
