@@ -27,8 +27,8 @@ def cache(tmp_path_factory):
 def quick_compile():
     """Programs are compiled without most optimisations, in processes started too: half the time, and the same results.
 
-    For files in which compiling is most of the time. Those that compare with numbers from elsewhere, and with one
-    another bit for bit over processes, compile as users do.
+    For files in which compiling is most of the time. Those that compare with numbers from elsewhere compile as users
+    do, and so do the runs of one process that are killed and go on bit for bit.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
