@@ -43,6 +43,12 @@ class Layout:
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
             yield
 
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        """As `active` for what is traced and not run, inside `jit` as well, where a mesh cannot be made active."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), nn.logical_axis_rules(self.rules):
+            yield
+
     @property
     def replicated(self) -> NamedSharding:
         """The same on every device."""

@@ -89,7 +89,7 @@ def state_shapes(model: IqeClip, rates: tuple[float, float]) -> TrainState:
 def state_shardings(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
     """Where each array of a TrainState lies. Raises ValueError as `Layout.shardings`."""
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=layout.replicated)  # as `_create` has it: traced once for both
-    with layout.active():
+    with layout.traced():
         shapes = _initial.eval_shape(model, rates, seed)
     return layout.shardings(shapes)
 

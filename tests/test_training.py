@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.core import meta
 from PIL import Image
 
 import evaluate as evaluate_script
@@ -518,6 +519,16 @@ def test_an_unreadable_image_is_named(few_shot, tiny_root, tmp_path):
     recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
     with pytest.raises(ValueError, match=r"Ungood/img/003\.png"):
         evaluation.run_evaluation(at(recipe, tmp_path / "run", steps=1))
+
+
+def test_a_step_takes_another_learning_rate_than_its_state_was_made_with(golden_model):
+    model, frozen, _ = golden_model
+    state = meta.unbox(train_state.state_shapes(model, (1e-4, 1e-2)))
+    batch = train_state.batch_shapes(model, LAYOUT, 4, np.float32, masks=True)
+    settings = train_state.step_settings(model, config.TrainConfig(learning_rate=0.00123), 0.0, LAYOUT)
+    with LAYOUT.active():
+        after, _ = train_state.step_program.eval_shape(state, frozen, batch, **settings)
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
 
 
 def test_padding_of_a_batch_changes_neither_loss_nor_gradients(golden_model):
