@@ -114,7 +114,7 @@ def test_only_process_0_speaks_and_writes(shared):
 
 
 def test_zero_shot_features_on_disk_are_shared_by_processes(whole, tmp_path):
-    more = ["--data.shots", "0", "--data.sources", "liver", "resc", "--train.steps", "6"]
+    more = ["--data.shots", "0", "--data.sources", "liver", "chest", "--train.steps", "6"]
     assert finish(start("train.py", tmp_path / "one", *more)) == 0, log_of(tmp_path / "one")
     disk = [*more, "--train.features", "disk"]
     assert finish(*pair("train.py", tmp_path / "two", *disk, devices=2)) == [0, 0], log_of(tmp_path / "two")
