@@ -173,7 +173,7 @@ def test_a_great_many_pixels_are_counted_and_too_many_refused():
         counts = pixel_metrics.start(values, np.ones(1, np.float32), regions=False)
         place = int(pixel_metrics._place(jnp.float32(0.1), counts.scale))
         with jax.enable_x64(True):
-            pixels = counts.pixels.at[0, place, 0].add(jnp.uint32(before))
+            pixels = counts.pixels.at[0, 0, place].add(jnp.uint32(before))
             counts = pixel_metrics.PixelCounts(counts.scale, counts.seen + before, pixels, None)
         counts = pixel_metrics.count(counts, *batch)
         if fits:
