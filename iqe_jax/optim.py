@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 TEMPERATURE = "prompt_temp"
@@ -11,8 +12,12 @@ TEMPERATURE = "prompt_temp"
 def optimiser(learning_rate: float, temperature_learning_rate: float) -> optax.GradientTransformation:
     """Adam, β = (0.5, 0.999), ε = 1e-8, no decay, as the official code sets it; `prompt_temp` has its own rate."""
 
+    # Were it to see that β₁ = 1 − β₁, XLA would write the update with the old first moment in place of the new one, and
+    # on a CPU copy every old one for that, which takes longer than all the rest of Adam.
+    b1 = jax.lax.optimization_barrier(jnp.float32(0.5))
+
     def adam(learning_rate: float) -> optax.GradientTransformation:
-        return optax.adam(learning_rate, b1=0.5, b2=0.999, eps=1e-8)
+        return optax.adam(learning_rate, b1=b1, b2=0.999, eps=1e-8)
 
     rates: dict[Hashable, optax.GradientTransformation] = {
         "rest": adam(learning_rate),

@@ -249,7 +249,9 @@ def step_program(
         ((loss, terms), gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
     updates, opt_state = optimiser(*rates).update(gradients, state.opt_state, state.trainable)
     trainable = cast(dict[str, Any], optax.apply_updates(state.trainable, updates))
-    metrics = {"loss": loss, **terms, "gradient_norm": optax.tree.norm(gradients)}
+    # Behind the barrier, since squares that Adam needs as well would be written down for both.
+    norm = optax.tree.norm(jax.lax.optimization_barrier(gradients))
+    metrics = {"loss": loss, **terms, "gradient_norm": norm}
     after = TrainState(state.step + 1, trainable, opt_state, state.key)
     after = jax.lax.with_sharding_constraint(after, state_shardings(model, rates, layout))
     return after, jax.lax.with_sharding_constraint(metrics, layout.replicated)
