@@ -18,13 +18,14 @@ def tower(model: IqeClip, images: int) -> float:
 
 
 def text(model: IqeClip, images: int) -> float:
-    """Prompted text tower, forward: layers·[2·R·12·D² + attention] over R = 2·(M + B·P) rows, and the last projection.
+    """Prompted text tower, forward: layers·[2·R·12·D² + attention] over R = 2·(M + B·P) − C rows; the last projection.
 
-    M does not grow with B: the prefix is worked off once.
+    M does not grow with B: the prefix is worked off once. C of its rows are the same in both templates.
     """
     clip, config, dim = model.clip, model.config, model.clip.embed_dim
     prefix, own = max(map(len, model.templates.ids)) + config.learnable_tokens, config.prompt_len
-    rows = 2 * (prefix + images * own)
+    common = model.templates.common + config.learnable_tokens
+    rows = 2 * (prefix + images * own) - common
     attention = 2 * 4 * dim * (prefix**2 + images * own * (prefix + own))
     learnable = 2 * model.prompt_depth * config.learnable_tokens * dim**2
     return float(clip.text_layers * (24 * rows * dim**2 + attention) + 2 * images * 2 * dim**2 + learnable)
@@ -36,14 +37,19 @@ def dense(model: IqeClip, images: int) -> float:
 
 
 def query_module(model: IqeClip, images: int) -> float:
-    """IQM, forward: B·K·layers·[2·2·(3·4·D² + 2·D·width) + 4·L·2·heads·D + attention among queries and to the text]."""
+    """IQM, forward: B·K·layers·[2·2·(3·4·D² + 2·D·width) + 4·L·2·heads·D + attention among queries and to the text].
+
+    Less B·(K − 1)·2·2·6·D²: up to its first look at the patches all levels are one.
+    """
     config, dim = model.config, model.clip.embed_dim
     # Folded or not, each of three attentions has four products with D × D kernels for two queries; the text's keys and
     # values are two rows as well.
     products = 2 * 2 * (12 * dim**2 + 2 * dim * config.iqm_width)
     patches = 4 * model.grid**2 * 2 * config.iqm_heads * dim
     short = 2 * 4 * 2 * 2 * dim
-    return float(images * len(config.levels) * config.iqm_layers * (products + patches + short))
+    levels = len(config.levels)
+    shared = (levels - 1) * 2 * 2 * 6 * dim**2
+    return float(images * (levels * config.iqm_layers * (products + patches + short) - shared))
 
 
 def maps(model: IqeClip, images: int) -> float:

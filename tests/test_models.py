@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax.core import meta
@@ -13,8 +14,10 @@ from iqe_jax import train_state
 from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
 from iqe_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipConfig, PatchEmbedding, Templates, TextTower, resize_positions
 from iqe_jax.models.iqe_clip import INITIAL_TEMPERATURE, IqeClip, blur_matrix, upsampling_matrix
-from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention
+from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention, reads
 from iqe_jax.models.layers import ACTIVATIONS, LayerNorm, _image_by_image, product
+from iqe_jax.models.shared import Shared
+from iqe_jax.optim import optimiser
 from iqe_jax.sharding import make_layout
 from tests import compiled
 
@@ -171,7 +174,12 @@ def test_query_module(weights):
     p = jax.tree.map(np.asarray, weights[0]["iqm"])
     draw = np.random.default_rng(2)
     query, dense, text = (draw.normal(size=s).astype(np.float32) for s in ((3, 2, 128), (2, 3, 9, 128), (3, 2, 128)))
-    found = jax.jit(Iqm(128, 2, 4, 96).apply)({"params": p}, query, dense, text)
+
+    @jax.jit
+    def features(query, dense, text):
+        return Iqm(128, 2, 4, 96).apply({"params": p}, query, Shared(dense, reads(2, 4)), text)
+
+    found = features(query, dense, text)
     for level in range(2):
         for image in range(3):
             expected = textbook_iqm(p, query[image], dense[level, image], text[image], 4)
@@ -182,19 +190,49 @@ def test_query_module(weights):
 def test_folding_changes_neither_values_nor_gradients(dropout):
     draw = np.random.default_rng(3)
     x, context = (draw.normal(size=s).astype(np.float32) for s in ((2, 2, 64), (2, 7, 64)))
-    plain = QueryAttention(64, 4, folded=False, dropout=dropout)
-    params = drawn(plain.init, x, context)
+    module = QueryAttention(64, 4, dropout=dropout)
+    params = drawn(module.init, x, context)
     key = {"dropout": jax.random.key(5)}
 
     def total(params, x, context, folded):
-        module = QueryAttention(64, 4, folded=folded, dropout=dropout)
-        return (module.apply(params, x, context, rngs=key) * np.arange(64)).sum()
+        read = Shared(context, (8, 8)) if folded else context
+        return (module.apply(params, x, read, rngs=key) * np.arange(64)).sum()
 
     for value in ("value", "gradient"):
         function = total if value == "value" else jax.grad(total, argnums=(0, 1, 2))
         with jax.default_matmul_precision("float32"):
             one, other = (jax.jit(function, static_argnums=3)(params, x, context, folded) for folded in (False, True))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), one, other)
+
+
+def test_gradient_of_a_shared_array_is_that_of_each_product_by_itself():
+    draw = np.random.default_rng(8)
+    array, x, weights = (draw.normal(size=s).astype(np.float32) for s in ((2, 7, 16), (2, 3, 16), (2, 7, 5)))
+
+    def total(array, x, weights, together):
+        read = Shared(array, (3, 5, 3)) if together else None
+        dot = read.dot if read else lambda x: array @ x.swapaxes(-1, -2)
+        mix = read.mix if read else lambda weights: weights.swapaxes(-1, -2) @ array
+        other = read.array if read else array  # read otherwise, too
+        return (dot(x) ** 2).sum() + (mix(weights) ** 3).sum() + (dot(2 * x) * x[0, 0, 0]).sum() + (other**2).sum()
+
+    gradient = jax.jit(jax.grad(total, (0, 1, 2)), static_argnums=3)
+    with jax.default_matmul_precision("float32"):
+        one, other = (gradient(array, x, weights, together) for together in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)
+
+
+def test_an_update_copies_no_moment():
+    params = {"kernel": jnp.ones((512, 512)), "prompt_temp": jnp.ones(())}
+    state = optimiser(1e-4, 1e-2).init(params)
+
+    def update(params, state, gradients):
+        updates, state = optimiser(1e-4, 1e-2).update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    memory = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, params).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < params["kernel"].nbytes / 2
 
 
 def test_maps_are_the_two_channel_softmax_upsampled():

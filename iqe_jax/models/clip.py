@@ -122,6 +122,12 @@ class Templates:
     ids: tuple[tuple[int, ...], ...]
     end: int
 
+    @property
+    def common(self) -> int:
+        """How many tokens all templates start with."""
+        columns = enumerate(zip(*self.ids, strict=False))
+        return next((i for i, ids in columns if len(set(ids)) > 1), min(map(len, self.ids)))
+
     def padded(self) -> tuple[Int[np.ndarray, "template tokens"], Int[np.ndarray, " template"]]:
         """The ids right-padded with 0 to one length, and their lengths."""
         lengths = np.array([len(ids) for ids in self.ids])
@@ -189,16 +195,18 @@ class TextTower(nn.Module):
         x = (class_tokens[None] + positions[:, None]).astype(self.dtype)  # [template, batch, class, dim]
         # Padding of the shorter templates is hidden from the class tokens; causality hides it from the prefix.
         visible = np.arange(prefix.shape[1]) < (lengths + slots)[:, None]  # [template, prefix]
-        merged = partial(_attend_merged, prefix=prefix.shape, own=x.shape, visible=visible)
+        # The templates' common rows stand once among the rows of the one product below.
+        common = templates.common and templates.common + slots
+        layout = Rows((count, prefix.shape[1]), (count, x.shape[1], per_class), common)
+        merged = partial(_attend_merged, layout=layout, visible=visible)
         causal = partial(jax.nn.dot_product_attention, is_causal=True)
 
         for i, block in enumerate(self._blocks):
             if 0 < i < learnable.shape[0]:
                 prefix = prefix.at[:, 1 : 1 + slots].set(learnable[i].astype(self.dtype))
             if whole():  # one product for all rows reads the weights once, which is what takes the time
-                rows = jnp.concatenate([prefix.reshape(-1, prefix.shape[-1]), x.reshape(-1, x.shape[-1])])
-                rows, _ = block(rows, merged)
-                prefix, x = _split_rows(rows, prefix.shape, x.shape)
+                rows, _ = block(layout.merge(prefix, x), merged)
+                prefix, x = layout.split(rows)
                 continue
             prefix, key_value = block(prefix, causal)
             x, _ = block.forward(x, partial(_attend_to_prefix, prefix=key_value, visible=visible))
@@ -206,13 +214,36 @@ class TextTower(nn.Module):
         return x[:, :, -1].swapaxes(0, 1)
 
 
-def _split_rows(
-    rows: Float[Array, "rows *width"], prefix: tuple[int, ...], own: tuple[int, ...]
-) -> tuple[Float[Array, "template prefix *width"], Float[Array, "template batch class *width"]]:
-    """Rows that belong to the prefixes and rows of the images, each with leading axes of their own again."""
-    count = prefix[0] * prefix[1]
-    first, rest = rows[:count], rows[count:]
-    return first.reshape(*prefix[:-1], *first.shape[1:]), rest.reshape(*own[:-1], *rest.shape[1:])
+@dataclass(frozen=True)
+class Rows:
+    """How rows of the prefixes and rows of the images' class tokens stand in one array.
+
+    `prefix` is (templates, tokens), `own` (templates, batch, class tokens). The first `common` tokens are the same in
+    all prefixes and stand there once.
+    """
+
+    prefix: tuple[int, int]
+    own: tuple[int, int, int]
+    common: int
+
+    def merge(
+        self, prefix: Float[Array, "template prefix *width"], own: Float[Array, "template batch class *width"]
+    ) -> Float[Array, "rows *width"]:
+        """All rows in one array."""
+        width = prefix.shape[2:]
+        parts = prefix[0, : self.common], prefix[:, self.common :], own
+        return jnp.concatenate([part.reshape(-1, *width) for part in parts])
+
+    def split(
+        self, rows: Float[Array, "rows *width"]
+    ) -> tuple[Float[Array, "template prefix *width"], Float[Array, "template batch class *width"]]:
+        """What was merged."""
+        count, tokens = self.prefix
+        apart = tokens - self.common
+        end = self.common + count * apart
+        common = jnp.broadcast_to(rows[: self.common], (count, self.common, *rows.shape[1:]))
+        rest = rows[self.common : end].reshape(count, apart, *rows.shape[1:])
+        return jnp.concatenate([common, rest], 1), rows[end:].reshape(*self.own, *rows.shape[1:])
 
 
 def _attend_merged(
@@ -220,15 +251,14 @@ def _attend_merged(
     key: Float[Array, "rows heads head_dim"],
     value: Float[Array, "rows heads head_dim"],
     *,
-    prefix: tuple[int, ...],
-    own: tuple[int, ...],
+    layout: Rows,
     visible: np.ndarray,
 ) -> Float[Array, "rows heads head_dim"]:
     """Attention within the prefixes and from the images' class tokens, whose rows came in one array."""
-    (q, own_q), (k, own_k), (v, own_v) = (_split_rows(rows, prefix, own) for rows in (query, key, value))
+    (q, own_q), (k, own_k), (v, own_v) = (layout.split(rows) for rows in (query, key, value))
     within = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     after = _attend_to_prefix(own_q, own_k, own_v, prefix=(k, v), visible=visible)
-    return jnp.concatenate([x.reshape(-1, *query.shape[1:]) for x in (within, after)])
+    return layout.merge(within, after)
 
 
 def _attend_to_prefix(

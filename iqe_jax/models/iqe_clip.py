@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 
 from iqe_jax.config import ModelConfig
 from iqe_jax.models.clip import ClipConfig, Templates, TextTower, VisionTower
-from iqe_jax.models.iqm import Iqm
+from iqe_jax.models.iqm import Iqm, reads
 from iqe_jax.models.layers import l2_normalise, parameter, split
 from iqe_jax.models.prompts import PromptTokens
+from iqe_jax.models.shared import Shared
 
 Params = Mapping[str, Any]
 P = ParamSpec("P")
@@ -172,18 +173,18 @@ class IqeClip:
         text_embeddings = l2_normalise(_apply(text, frozen["text"], normed, method="project"))
         text_embeddings = split(text_embeddings, "batch", None, None)
 
+        patches = Shared(dense_features, (*reads(self.config.iqm_layers, self.config.iqm_heads), 2))
         query_features = _apply(
-            adapter, trainable, prompts.query_tokens, dense_features, text_embeddings, method="queries", rngs=rngs
+            adapter, trainable, prompts.query_tokens, patches, text_embeddings, method="queries", rngs=rngs
         )
         # Two channels under a softmax are one difference under a sigmoid; only that difference is ever formed.
         query_axis = jnp.diff(l2_normalise(query_features), axis=-2)[..., 0, :]  # [level, batch, dim]
         text_axis = jnp.exp(trainable["prompt_temp"]) * jnp.diff(text_embeddings, axis=-2)[..., 0, :]  # [batch, dim]
         axes = jnp.stack([query_axis, jnp.broadcast_to(text_axis, query_axis.shape)], 2)  # [level, batch, 2, dim]
         # Patches are divided by their length after the product, so that unit ones are never formed.
-        patches = dense_features.astype(jnp.float32)
-        length = jnp.linalg.norm(patches, axis=-1)[:, :, None]  # [level, batch, 1, patch]
-        logits = split(jnp.einsum("kbcd,kbld->kbcl", axes, patches) / length, None, "batch", None, None)
-        logits_query, logits_text = logits[:, :, 0], logits[:, :, 1]
+        length = jnp.linalg.norm(patches.array.astype(jnp.float32), axis=-1)  # [level, batch, patch]
+        logits = split(patches.dot(axes) / length[..., None], None, "batch", None, None)
+        logits_query, logits_text = logits[..., 0], logits[..., 1]
         return {
             "class_tokens": prompts.class_tokens,
             "query_tokens": prompts.query_tokens,
@@ -262,14 +263,15 @@ class Adapter(nn.Module):
         """The trained norm inside the text tower's end."""
         return self.prompts.norm(x)
 
-    def queries(self, query_tokens: jax.Array, dense_features: jax.Array, text_embeddings: jax.Array) -> jax.Array:
+    def queries(self, query_tokens: jax.Array, dense_features: Shared, text_embeddings: jax.Array) -> jax.Array:
         """Query features (K, B, 2, D)."""
         return self.iqm(query_tokens, dense_features, text_embeddings).astype(jnp.float32)
 
     def init_all(self, patch_tokens: jax.Array, image_features: jax.Array, text_embeddings: jax.Array) -> None:
         """Touch every parameter once."""
         dense_features, prompts = self.tokens(patch_tokens, image_features)
-        self.queries(prompts.query_tokens, dense_features, self.norm(text_embeddings))
+        patches = Shared(dense_features, reads(self.config.iqm_layers, self.config.iqm_heads))
+        self.queries(prompts.query_tokens, patches, self.norm(text_embeddings))
 
 
 class LevelDense(nn.Module):

@@ -2,7 +2,7 @@
 
 A BERT-style post-norm decoder shared by all feature levels, run on all of them in one call. Its attention to the
 patches is folded: the key projection is applied to the queries and the value projection after the weighted sum, so
-that keys and values of the many patches are never formed.
+that keys and values of the many patches are never formed. The patches are `Shared`, since every layer reads them twice.
 """
 
 import jax
@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from iqe_jax.models.layers import ACTIVATIONS, Einsum, LayerNorm, dense, merged_product, parameter, split
+from iqe_jax.models.shared import Shared
 
 BERT_EPS = 1e-12
 
@@ -18,21 +19,23 @@ BERT_EPS = 1e-12
 class QueryAttention(nn.Module):
     """Multi-head attention of a few queries to a context, with output projection, residual and norm.
 
-    `folded` chooses the order of the products, never the result: without it keys and values of the context are
-    formed, which is cheaper where the context is as short as the queries.
+    A `Shared` context is read as it is, by folded projections. Of any other, keys and values are formed, which is
+    cheaper where it is as short as the queries. That is the order of the products, never the result.
     """
 
     dim: int
     heads: int
-    folded: bool = False
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*batch query dim"], context: Float[Array, "*#batch token dim"]
+        self, x: Float[Array, "*batch query dim"], context: Float[Array, "*#batch token dim"] | Shared
     ) -> Float[Array, "*batch query dim"]:
-        """Attend from `x` to `context` and add; leading axes broadcast. Dropout acts where a 'dropout' rng is given."""
+        """Attend from `x` to `context` and add; leading axes broadcast. Dropout acts where a 'dropout' rng is given.
+
+        Two products of query × heads rows read a `Shared` context.
+        """
         head_dim = self.dim // self.heads
         shape, axes = (self.dim, self.heads, head_dim), ("embed", "heads", "head_dim")
 
@@ -41,25 +44,36 @@ class QueryAttention(nn.Module):
 
         query = projection("query")(x)  # [..., query, heads, head_dim]
         key, value = projection("key"), projection("value")
-        if self.folded:
+        folded = isinstance(context, Shared)
+        if folded:
             # The key bias adds the same to every logit of a query, so the softmax cancels it.
-            folded = jnp.einsum("...qhe,dhe->...qhd", query, key.kernel())
-            logits = jnp.einsum("...qhd,...ld->...hql", folded, context.astype(self.dtype))
+            rows = jnp.einsum("...qhe,dhe->...qhd", query, key.kernel())
+            rows = rows.reshape(*x.shape[:-2], -1, self.dim)
+            logits = context.dot(jnp.broadcast_to(rows, (*context.array.shape[:-2], *rows.shape[-2:])))
         else:
-            logits = jnp.einsum("...qhe,...lhe->...hql", query, key(context))
-        weights = jax.nn.softmax(logits.astype(jnp.float32) * head_dim**-0.5, -1).astype(self.dtype)
+            logits = jnp.einsum("...qhe,...lhe->...lqh", query, key(context))
+            logits = logits.reshape(*logits.shape[:-2], -1)
+        # [..., token, query × heads]
+        weights = jax.nn.softmax(logits.astype(jnp.float32) * head_dim**-0.5, -2).astype(self.dtype)
         weights = _dropout(self, weights, self.dropout)
-        if self.folded:
-            pooled = jnp.einsum("...hql,...ld->...qhd", weights, context.astype(self.dtype))
+        if folded:
+            lead = (*weights.shape[:-2], *query.shape[-3:-1])
+            pooled = context.mix(weights).reshape(*lead, self.dim)
             # Dropout leaves weights that do not add up to 1, so the bias counts as often as they do.
-            bias = weights.sum(-1).swapaxes(-1, -2)[..., None] * value.bias()
+            bias = weights.sum(-2).reshape(*lead, 1) * value.bias()
             attended = jnp.einsum("...qhd,dhe->...qhe", pooled, value.kernel()) + bias
         else:
-            attended = jnp.einsum("...hql,...lhe->...qhe", weights, value(context))
+            weights = weights.reshape(*weights.shape[:-1], *query.shape[-3:-1])
+            attended = jnp.einsum("...lqh,...lhe->...qhe", weights, value(context))
         out = Einsum(
             "...he,hew->...w", (self.heads, head_dim, self.dim), (*axes[1:], axes[0]), dtype=self.dtype, name="out"
         )(attended)
         return LayerNorm(BERT_EPS, self.dtype, name="norm")(x + _dropout(self, out, self.dropout))
+
+
+def reads(layers: int, heads: int) -> tuple[int, ...]:
+    """Rows of each product of an `Iqm` with the patches: in each layer one to weigh them and one to add them up."""
+    return (2 * heads,) * (2 * layers)
 
 
 class Projection(nn.Module):
@@ -108,13 +122,17 @@ class Iqm(nn.Module):
     def __call__(
         self,
         query_tokens: Float[Array, "batch 2 dim"],
-        dense_features: Float[Array, "level batch patch dim"],
+        dense_features: Shared,
         text_embeddings: Float[Array, "batch 2 dim"],
     ) -> Float[Array, "level batch 2 dim"]:
-        """Query features for every level: row 0 stands for normal, row 1 for anomalous."""
+        """Query features for every level: row 0 stands for normal, row 1 for anomalous.
+
+        `dense_features`, [level, batch, patch, dim], are shared for products as `reads` has them.
+        """
         x = LayerNorm(BERT_EPS, self.dtype, name="layernorm")(query_tokens)
-        x = jnp.broadcast_to(x, (dense_features.shape[0], *x.shape))  # [level, batch, query, dim]
-        x = _dropout(self, x, self.dropout)
+        x = x[None]  # [level, batch, query, dim], one for all levels until the first layer reads their patches …
+        if _drops(self, self.dropout):  # … but each level drops entries of its own
+            x = _dropout(self, jnp.broadcast_to(x, (dense_features.array.shape[0], *x.shape[1:])), self.dropout)
         for i in range(self.layers):
             layer = IqmLayer(self.dim, self.heads, self.mlp_width, self.dropout, self.dtype, name=f"layer_{i}")
             x = split(layer(x, dense_features, text_embeddings), None, "batch", None, None)
@@ -134,16 +152,16 @@ class IqmLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "level batch 2 dim"],
-        dense_features: Float[Array, "level batch patch dim"],
+        dense_features: Shared,
         text_embeddings: Float[Array, "batch 2 dim"],
     ) -> Float[Array, "level batch 2 dim"]:
         """Self-attention among the queries, then to the patches, then to the text, then the MLP."""
 
-        def attention(name: str, *, folded: bool = False) -> QueryAttention:
-            return QueryAttention(self.dim, self.heads, folded, self.dropout, self.dtype, name=name)
+        def attention(name: str) -> QueryAttention:
+            return QueryAttention(self.dim, self.heads, self.dropout, self.dtype, name=name)
 
         x = attention("attention")(x, x)
-        x = attention("crossattention", folded=True)(x, dense_features)
+        x = attention("crossattention")(x, dense_features)
         x = attention("text_crossattention")(x, text_embeddings)
         init = nn.initializers.normal(0.02)
         hidden = dense(
@@ -155,9 +173,14 @@ class IqmLayer(nn.Module):
         return LayerNorm(BERT_EPS, self.dtype, name="output_norm")(x + _dropout(self, out, self.dropout))
 
 
+def _drops(module: nn.Module, rate: float) -> bool:
+    """Whether dropout acts: at a rate above 0 where the caller gave a 'dropout' rng."""
+    return rate > 0 and module.has_rng("dropout")
+
+
 def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Drop entries of `x` at `rate` where the caller gave a 'dropout' rng, else return it as it is."""
-    if rate == 0 or not module.has_rng("dropout"):
+    """Drop entries of `x` at `rate` where dropout acts, else return it as it is."""
+    if not _drops(module, rate):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
