@@ -37,19 +37,14 @@ def dense(model: IqeClip, images: int) -> float:
 
 
 def query_module(model: IqeClip, images: int) -> float:
-    """IQM, forward: B·K·layers·[2·2·(3·4·D² + 2·D·width) + 4·L·2·heads·D + attention among queries and to the text].
-
-    Less B·(K − 1)·2·2·6·D²: up to its first look at the patches all levels are one.
-    """
+    """IQM, forward: B·K·layers·[2·2·(3·4·D² + 2·D·width) + 4·L·2·heads·D + attention among queries and to the text]."""
     config, dim = model.config, model.clip.embed_dim
     # Folded or not, each of three attentions has four products with D × D kernels for two queries; the text's keys and
     # values are two rows as well.
     products = 2 * 2 * (12 * dim**2 + 2 * dim * config.iqm_width)
     patches = 4 * model.grid**2 * 2 * config.iqm_heads * dim
     short = 2 * 4 * 2 * 2 * dim
-    levels = len(config.levels)
-    shared = (levels - 1) * 2 * 2 * 6 * dim**2
-    return float(images * (levels * config.iqm_layers * (products + patches + short) - shared))
+    return float(images * len(config.levels) * config.iqm_layers * (products + patches + short))
 
 
 def maps(model: IqeClip, images: int) -> float:

@@ -34,7 +34,7 @@ class QueryAttention(nn.Module):
     ) -> Float[Array, "*batch query dim"]:
         """Attend from `x` to `context` and add; leading axes broadcast. Dropout acts where a 'dropout' rng is given.
 
-        Two products of query × heads rows read a `Shared` context.
+        A `Shared` context has the leading axes of `x`, and two products of query × heads rows read it.
         """
         head_dim = self.dim // self.heads
         shape, axes = (self.dim, self.heads, head_dim), ("embed", "heads", "head_dim")
@@ -48,8 +48,7 @@ class QueryAttention(nn.Module):
         if folded:
             # The key bias adds the same to every logit of a query, so the softmax cancels it.
             rows = jnp.einsum("...qhe,dhe->...qhd", query, key.kernel())
-            rows = rows.reshape(*x.shape[:-2], -1, self.dim)
-            logits = context.dot(jnp.broadcast_to(rows, (*context.array.shape[:-2], *rows.shape[-2:])))
+            logits = context.dot(rows.reshape(*x.shape[:-2], -1, self.dim))
         else:
             logits = jnp.einsum("...qhe,...lhe->...lqh", query, key(context))
             logits = logits.reshape(*logits.shape[:-2], -1)
@@ -130,9 +129,10 @@ class Iqm(nn.Module):
         `dense_features`, [level, batch, patch, dim], are shared for products as `reads` has them.
         """
         x = LayerNorm(BERT_EPS, self.dtype, name="layernorm")(query_tokens)
-        x = x[None]  # [level, batch, query, dim], one for all levels until the first layer reads their patches …
-        if _drops(self, self.dropout):  # … but each level drops entries of its own
-            x = _dropout(self, jnp.broadcast_to(x, (dense_features.array.shape[0], *x.shape[1:])), self.dropout)
+        # Levels could be one until the first layer reads their patches. But broadcast only there, rows are multiplied
+        # wrong by jaxlib 0.10.2 on CPUs in larger batches.
+        x = jnp.broadcast_to(x, (dense_features.array.shape[0], *x.shape))  # [level, batch, query, dim]
+        x = _dropout(self, x, self.dropout)
         for i in range(self.layers):
             layer = IqmLayer(self.dim, self.heads, self.mlp_width, self.dropout, self.dtype, name=f"layer_{i}")
             x = split(layer(x, dense_features, text_embeddings), None, "batch", None, None)
@@ -173,14 +173,9 @@ class IqmLayer(nn.Module):
         return LayerNorm(BERT_EPS, self.dtype, name="output_norm")(x + _dropout(self, out, self.dropout))
 
 
-def _drops(module: nn.Module, rate: float) -> bool:
-    """Whether dropout acts: at a rate above 0 where the caller gave a 'dropout' rng."""
-    return rate > 0 and module.has_rng("dropout")
-
-
 def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Drop entries of `x` at `rate` where dropout acts, else return it as it is."""
-    if not _drops(module, rate):
+    """Drop entries of `x` at `rate` where the caller gave a 'dropout' rng, else return it as it is."""
+    if rate == 0 or not module.has_rng("dropout"):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
