@@ -13,7 +13,7 @@ def optimiser(learning_rate: float, temperature_learning_rate: float) -> optax.G
     """Adam, β = (0.5, 0.999), ε = 1e-8, no decay, as the official code sets it; `prompt_temp` has its own rate."""
 
     # Were it to see that β₁ = 1 − β₁, XLA would write the update with the old first moment in place of the new one, and
-    # on a CPU copy every old one for that, which takes longer than all the rest of Adam.
+    # on a CPU copy every old one for that.
     b1 = jax.lax.optimization_barrier(jnp.float32(0.5))
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
