@@ -18,6 +18,7 @@ from jaxtyping import Float
 from iqe_jax.config import ModelConfig, from_json
 from iqe_jax.data.transforms import image_array, load_image
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.models.layers import TOWER_OPTIONS
 from iqe_jax.weights import adapter_settings, fit_adapter, load_adapter, load_model, read_adapter
 
 Images = np.ndarray | jax.Array | PIL.Image.Image | str | Path | Sequence[Any]
@@ -153,13 +154,13 @@ def _load_run(directory: Path) -> Detector:
     return Detector(model, frozen, load_adapter(model, source), zero_shot=config.zero_shot)
 
 
-@partial(jax.jit, static_argnames=("model", "zero_shot"))
+@partial(jax.jit, static_argnames=("model", "zero_shot"), compiler_options=TOWER_OPTIONS)
 def _predict(model: IqeClip, trainable: Params, frozen: Params, images: jax.Array, zero_shot: bool):
     outputs = model.predict(model.head(trainable, frozen, model.features(frozen, images)))
     return model.image_score(outputs, zero_shot=zero_shot), outputs["segmentation"]
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames="model", compiler_options=TOWER_OPTIONS)
 def _outputs(model: IqeClip, trainable: Params, frozen: Params, images: jax.Array) -> dict[str, jax.Array]:
     features = model.features(frozen, images)
     outputs = model.head(trainable, frozen, features)

@@ -14,7 +14,17 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from iqe_jax.models.layers import Block, LayerNorm, attend_to_all, dense, parameter, split, whole
+from iqe_jax.models.layers import (
+    Block,
+    LayerNorm,
+    attend_to_all,
+    dense,
+    few_attended,
+    few_logits,
+    parameter,
+    split,
+    whole,
+)
 
 # The statistics CLIP was trained with; the published IQE-CLIP numbers were made without them.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -273,9 +283,13 @@ def _attend_to_prefix(
     prefix_key, prefix_value = prefix  # [template, prefix, heads, head_dim]
     scale = query.shape[-1] ** -0.5
     shared = jnp.einsum("tbphe,tmhe->tbhpm", query, prefix_key, preferred_element_type=jnp.float32) * scale
-    own = jnp.einsum("tbphe,tbrhe->tbhpr", query, key, preferred_element_type=jnp.float32) * scale
+    own = few_logits(query, key) * scale  # [template, batch, class as key, class as query, heads]
     shared = jnp.where(visible[:, None, None, None], shared, -jnp.inf)
-    own = jnp.where(np.tri(key.shape[2], dtype=bool), own, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([shared, own], -1), -1).astype(value.dtype)
-    shared, own = jnp.split(weights, [prefix_key.shape[1]], -1)
-    return jnp.einsum("tbhpm,tmhe->tbphe", shared, prefix_value) + jnp.einsum("tbhpr,tbrhe->tbphe", own, value)
+    own = jnp.where(np.tri(key.shape[2], dtype=bool).T[..., None], own, -jnp.inf)
+    # One softmax over both, which are not put together for it. The highest logit only keeps numbers small.
+    highest = jax.lax.stop_gradient(jnp.maximum(shared.max(-1), own.max(2).swapaxes(2, 3)))
+    shared, own = jnp.exp(shared - highest[..., None]), jnp.exp(own - highest.swapaxes(2, 3)[:, :, None])
+    total = shared.sum(-1) + own.sum(2).swapaxes(2, 3)  # [template, batch, heads, class]
+    shared = (shared / total[..., None]).astype(value.dtype)
+    own = own / total.swapaxes(2, 3)[:, :, None]
+    return jnp.einsum("tbhpm,tmhe->tbphe", shared, prefix_value) + few_attended(own, value)

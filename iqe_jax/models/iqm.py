@@ -5,12 +5,24 @@ patches is folded: the key projection is applied to the queries and the value pr
 that keys and values of the many patches are never formed. The patches are `Shared`, since every layer reads them twice.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from iqe_jax.models.layers import ACTIVATIONS, Einsum, LayerNorm, dense, merged_product, parameter, split
+from iqe_jax.models.layers import (
+    ACTIVATIONS,
+    Einsum,
+    LayerNorm,
+    dense,
+    few_attended,
+    few_logits,
+    merged_product,
+    parameter,
+    split,
+)
 from iqe_jax.models.shared import Shared
 
 BERT_EPS = 1e-12
@@ -44,26 +56,19 @@ class QueryAttention(nn.Module):
 
         query = projection("query")(x)  # [..., query, heads, head_dim]
         key, value = projection("key"), projection("value")
-        folded = isinstance(context, Shared)
-        if folded:
+        drop = partial(_dropout, self, rate=self.dropout) if _drops(self, self.dropout) else None
+        if isinstance(context, Shared):
             # The key bias adds the same to every logit of a query, so the softmax cancels it.
             rows = jnp.einsum("...qhe,dhe->...qhd", query, key.kernel())
-            logits = context.dot(rows.reshape(*x.shape[:-2], -1, self.dim))
-        else:
-            logits = jnp.einsum("...qhe,...lhe->...lqh", query, key(context))
-            logits = logits.reshape(*logits.shape[:-2], -1)
-        # [..., token, query × heads]
-        weights = jax.nn.softmax(logits.astype(jnp.float32) * head_dim**-0.5, -2).astype(self.dtype)
-        weights = _dropout(self, weights, self.dropout)
-        if folded:
-            lead = (*weights.shape[:-2], *query.shape[-3:-1])
-            pooled = context.mix(weights).reshape(*lead, self.dim)
+            lead = rows.shape[:-1]  # [..., query, heads]
+            pooled, total = context.attend(rows.reshape(*x.shape[:-2], -1, self.dim), head_dim**-0.5, drop)
             # Dropout leaves weights that do not add up to 1, so the bias counts as often as they do.
-            bias = weights.sum(-2).reshape(*lead, 1) * value.bias()
-            attended = jnp.einsum("...qhd,dhe->...qhe", pooled, value.kernel()) + bias
+            bias = total.reshape(*lead, 1) * value.bias()
+            attended = jnp.einsum("...qhd,dhe->...qhe", pooled.reshape(*lead, -1), value.kernel()) + bias
         else:
-            weights = weights.reshape(*weights.shape[:-1], *query.shape[-3:-1])
-            attended = jnp.einsum("...lqh,...lhe->...qhe", weights, value(context))
+            logits = few_logits(query, key(context))  # [..., token, query, heads]
+            weights = jax.nn.softmax(logits * head_dim**-0.5, -3).astype(self.dtype)
+            attended = few_attended(weights if drop is None else drop(weights), value(context))
         out = Einsum(
             "...he,hew->...w", (self.heads, head_dim, self.dim), (*axes[1:], axes[0]), dtype=self.dtype, name="out"
         )(attended)
@@ -173,9 +178,13 @@ class IqmLayer(nn.Module):
         return LayerNorm(BERT_EPS, self.dtype, name="output_norm")(x + _dropout(self, out, self.dropout))
 
 
+def _drops(module: nn.Module, rate: float) -> bool:
+    return rate > 0 and module.has_rng("dropout")
+
+
 def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     """Drop entries of `x` at `rate` where the caller gave a 'dropout' rng, else return it as it is."""
-    if rate == 0 or not module.has_rng("dropout"):
+    if not _drops(module, rate):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

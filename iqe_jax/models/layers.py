@@ -7,7 +7,7 @@ Towers, prompts and the query module are built on these in their own files.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,25 @@ from flax.core import meta
 from flax.linen import spmd
 from jaxtyping import Array, Float
 
+T = TypeVar("T")
 Initializer = Callable[..., jax.Array]
 # (queries, keys, values), each [..., tokens, heads, head_dim] → attended values of the queries' shape.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
+
+def _in_float32(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """`function`, rounded to the type of its argument once, at its end."""
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     # Written with erf, as the official code's is: jax.nn.gelu takes erfc, which costs twice as much.
-    "gelu": lambda x: x * 0.5 * (1 + jax.lax.erf(x * np.asarray(0.5**0.5, x.dtype))),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": _in_float32(lambda x: x * 0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))),
+    "quick_gelu": _in_float32(lambda x: x * jax.nn.sigmoid(1.702 * x)),
 }
+# Of programs that run the image tower. Without Triton among the candidates, XLA gives an NVIDIA GPU's products to
+# cuBLAS along with the biases and residuals that are added to them. Other compilers take no notice.
+TOWER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -71,6 +81,16 @@ def product(a: Float[Array, "... inner"], b: Float[Array, "inner outer"]) -> Flo
     if a.dtype == jnp.float32:
         return a @ b
     return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
+
+
+def where_nvidia(form: Callable[..., T], otherwise: Callable[..., T], *arrays: jax.Array) -> T:
+    """`form(*arrays)` where the program is lowered for an NVIDIA GPU, else `otherwise(*arrays)`.
+
+    Both are traced only where JAX has a GPU.
+    """
+    if jax.default_backend() != "gpu":
+        return otherwise(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=form, default=otherwise)
 
 
 class Einsum(nn.Module):
@@ -140,7 +160,7 @@ def attend_to_all(
     forms: dict[str, Attend] = {}
     if whole() and isinstance(query.shape[0], int):  # an exported program may not know its batch
         forms["cpu"] = _image_by_image
-    if query.dtype != jnp.float32 and _has_cudnn():
+    if query.dtype != jnp.float32 and isinstance(query.shape[0], int) and capability() >= 8.0:
         forms["cuda"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
     return jax.lax.platform_dependent(query, key, value, **forms, default=jax.nn.dot_product_attention)
 
@@ -160,12 +180,62 @@ def _image_by_image(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
     return jax.lax.scan(image, None, (query, key, value), unroll=8 if large else 1)[1]
 
 
-def _has_cudnn() -> bool:
-    """Whether the default device is an NVIDIA GPU that cuDNN's attention runs on: JAX checks that as it traces."""
+def capability() -> float:
+    """The compute capability of the default device where that is an NVIDIA GPU, else 0.
+
+    What a kernel needs of it is asked while a program is traced, as JAX itself does for cuDNN's.
+    """
     if jax.default_backend() != "gpu":
-        return False
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # AMD's is a name
-    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
+        return 0.0
+    found = str(getattr(jax.devices()[0], "compute_capability", ""))  # AMD's is a name
+    return float(found) if found.replace(".", "").isdigit() else 0.0
+
+
+def few_logits(
+    query: Float[Array, "*batch query heads head_dim"], key: Float[Array, "*#batch token heads head_dim"]
+) -> Float[Array, "*batch token query heads"]:
+    """Products of every query with every key, unscaled, in float32, for a handful of either.
+
+    Written as sums, which are fused with what is around them: products of two rows are slow to start on a GPU.
+    """
+    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    return (query[..., None, :, :, :] * key[..., :, None, :, :]).sum(-1)
+
+
+def few_attended(
+    weights: Float[Array, "*batch token query heads"], value: Float[Array, "*#batch token heads head_dim"]
+) -> Float[Array, "*batch query heads head_dim"]:
+    """Sums of the values by `weights`, as `few_logits` has them, in the values' type."""
+    attended = weights.astype(jnp.float32)[..., None] * value.astype(jnp.float32)[..., :, None, :, :]
+    return attended.sum(-4).astype(value.dtype)
+
+
+class Qkv(nn.Module):
+    """Queries, keys and values of all heads, from one kernel [width, 3, heads, head_dim]."""
+
+    width: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... tokens width"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Project; each comes as [..., tokens, heads, head_dim]."""
+        shape, axes = (self.width, 3, self.heads, self.width // self.heads), ("embed", None, "heads", "head_dim")
+        kernel = parameter(self, "kernel", fan_in_normal, shape, axes).astype(self.dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape[1:], axes[1:]).astype(self.dtype)
+        return where_nvidia(_three_products, _one_product, x.astype(self.dtype), kernel, bias)
+
+
+def _one_product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    qkv = merged_product("...w,wche->...che", x, kernel) + bias  # [..., tokens, 3, heads, head_dim]
+    query, key, value = jnp.moveaxis(qkv, -3, 0)
+    return query, key, value
+
+
+def _three_products(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `_one_product`: cuDNN wants the three apart, and cutting up a product is a pass over it."""
+    query, key, value = (merged_product("...w,whe->...he", x, kernel[:, i]) + bias[i] for i in range(3))
+    return query, key, value
 
 
 class SelfAttention(nn.Module):
@@ -181,15 +251,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Float[Array, "... tokens width"], tuple[jax.Array, jax.Array]]:
         """Project, attend, project back. Keys and values come as [..., tokens, heads, head_dim]."""
         head_dim = self.width // self.heads
-        qkv = Einsum(
-            "...w,wche->...che",
-            (self.width, 3, self.heads, head_dim),
-            ("embed", None, "heads", "head_dim"),
-            bias_dims=3,
-            dtype=self.dtype,
-            name="qkv",
-        )(x)  # [..., tokens, 3, heads, head_dim]
-        query, key, value = jnp.moveaxis(qkv, -3, 0)
+        query, key, value = Qkv(self.width, self.heads, self.dtype, name="qkv")(x)
         out = Einsum(
             "...he,hew->...w",
             (self.heads, head_dim, self.width),
@@ -241,9 +303,14 @@ class Block(nn.Module):
         """As `__call__`, traced here; for an `attend` that holds arrays of what is being traced."""
         attention = SelfAttention(self.width, self.heads, self.dtype, name="attn")
         attended, key_value = attention(LayerNorm(dtype=self.dtype, name="ln_1")(x), attend)
-        x = x + attended
-        x = x + Mlp(self.width, self.activation, self.dtype, name="mlp")(LayerNorm(dtype=self.dtype, name="ln_2")(x))
-        return x, key_value
+        x = _written(x + attended)
+        hidden = LayerNorm(dtype=self.dtype, name="ln_2")(x)
+        return _written(x + Mlp(self.width, self.activation, self.dtype, name="mlp")(hidden)), key_value
+
+
+def _written(x: jax.Array) -> jax.Array:
+    """`x`, which an NVIDIA GPU writes down: left to itself, XLA adds it up again for each of its readers."""
+    return where_nvidia(jax.lax.optimization_barrier, lambda x: x, x)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

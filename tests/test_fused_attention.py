@@ -1,0 +1,80 @@
+"""The one-pass attention kernels against plain JAX, run by Pallas' interpreter; and what stands around them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iqe_jax.models import fused_attention, layers
+from iqe_jax.models.shared import Shared
+
+SCALE = 0.2
+
+
+def drawn(batch, tokens, dim, rows, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (batch, rows, dim), (batch, tokens, dim), (batch, rows, dim)
+    return tuple(jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def distance(found, reference):
+    found, reference = (np.asarray(x, np.float64) for x in (found, reference))
+    return np.linalg.norm(found - reference) / np.linalg.norm(reference)
+
+
+# Neither number of tokens is a multiple of a block's; 384 is no power of two.
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("tokens, dim, rows", [(41, 384, 16), (7, 128, 32)])
+def test_kernels_are_the_formula_and_its_gradient(tokens, dim, rows, dtype, tolerance):
+    arrays = drawn(3, tokens, dim, rows, dtype)
+
+    def formula(rows, tokens):
+        weights = jax.nn.softmax(jnp.einsum("nrd,nld->nrl", rows, tokens) * SCALE)
+        return jnp.einsum("nrl,nld->nrd", weights, tokens)
+
+    queries, context, gradient = (x.astype(jnp.float32) for x in arrays)
+    attended, back = jax.vjp(formula, queries, context)
+    of_rows, of_tokens = back(gradient)
+
+    for forth, backward, how in (
+        (fused_attention.kernel, fused_attention.kernel_back, {"interpret": True}),
+        (fused_attention.plain, fused_attention.plain_back, {}),
+    ):
+        found, total = forth(*arrays[:2], scale=SCALE, **how)
+        assert distance(found, attended) < tolerance
+        mean = (found.astype(jnp.float32) * gradient).sum(-1)
+        rows_back, weights, logits = backward(*arrays, total, mean, scale=SCALE, **how)
+        assert distance(rows_back, of_rows) < tolerance
+        np.testing.assert_allclose(np.asarray(weights, np.float32).sum(1), 1, atol=tolerance)
+        factors = jnp.einsum("nlr,nrd->nld", weights, gradient) + jnp.einsum("nlr,nrd->nld", logits, queries)
+        assert distance(factors, of_tokens) < tolerance
+
+
+def test_shared_attends_the_same_with_and_without_the_kernels(monkeypatch):
+    def loss(rows, tokens):
+        shared = Shared(tokens, (16, 16, 16))
+        attended, total = shared.attend(rows, SCALE)
+        return (jnp.sin(attended).sum() + total.sum() + shared.dot(rows + attended).std()).astype(jnp.float32)
+
+    rows, tokens, _ = drawn(4, 9, 128, 16, jnp.float32)
+    rows, tokens = rows.reshape(2, 2, 16, 128), tokens.reshape(2, 2, 9, 128)
+    found = []
+    for fits in (False, True):
+        monkeypatch.setattr(fused_attention, "fits", lambda *_, fits=fits: fits)
+        found.append(jax.value_and_grad(loss, (0, 1))(rows, tokens))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+
+
+def test_kernels_are_for_one_hopper_gpu_and_known_sizes(monkeypatch):
+    monkeypatch.setattr(fused_attention, "capability", lambda: 9.0)
+    rows, tokens, _ = drawn(2, 9, 256, 16, jnp.bfloat16)
+    assert fused_attention.fits(rows, tokens)
+    assert not fused_attention.fits(rows.astype(jnp.float32), tokens.astype(jnp.float32))
+    assert not fused_attention.fits(rows[:, :12], tokens)
+    assert not fused_attention.fits(rows[..., :96], tokens[..., :96])
+    monkeypatch.setattr(fused_attention, "whole", lambda: False)
+    assert not fused_attention.fits(rows, tokens)
+    monkeypatch.setattr(fused_attention, "whole", lambda: True)
+    monkeypatch.setattr(fused_attention, "capability", lambda: 8.0)
+    assert not fused_attention.fits(rows, tokens)
+    assert layers.capability() == 0.0  # of a CPU
