@@ -44,10 +44,10 @@ def kept_features(parts: Any, report: Report, steps: int) -> None:
             np.save(path, draw.standard_normal((SHARD, *shape), np.float32))
             np.save(mask, (draw.random((SHARD, side, side)) > 0.9).astype(np.uint8))
         count = SHARD * len(paths)
-        tokens = OnDisk(paths, count, np.dtype(np.float32))
+        tokens = OnDisk(paths, np.dtype(np.float32))
         labels = (np.arange(count) % 2).astype(np.float32)
         image_features = draw.standard_normal((count, clip.embed_dim), np.float32)
-        kept = FeatureSet(tokens, image_features, OnDisk(masks, count, np.dtype(np.uint8)), labels)
+        kept = FeatureSet(tokens, image_features, OnDisk(masks, np.dtype(np.uint8)), labels)
         order = draw.integers(0, count, (report.repeats + 1, size))
         chosen = iter(order)
         weight = np.ones(size, np.float32)
@@ -75,7 +75,7 @@ def _waited(parts: Any, kept: FeatureSet, layout: Layout, steps: int) -> tuple[f
             waited, begin = 0.0, time.perf_counter()
         start = time.perf_counter()
         _, local = next(batches)
-        batch: Batch = layout.place(local, size)
+        batch: Batch = local.placed(layout, size)
         waited += time.perf_counter() - start
         state, metrics = train_step(state, text, batch, model=model, config=train, dropout=0.0, layout=layout)
         if pending is not None:

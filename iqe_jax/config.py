@@ -120,7 +120,7 @@ class TrainConfig:
     """Where frozen features are kept for training. Zero-shot: auto takes memory while they fit in `feature_memory_gb`,
     else disk. Few-shot: in memory, and by auto and disk in $IQE_JAX_CACHE too, for the next run on the same images."""
     feature_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the kept features; bfloat16 halves their size."""
+    """Type of the kept features; bfloat16 halves their size. A model that computes in bfloat16 keeps them so."""
     feature_memory_gb: float = 8.0
     """Largest size in GB of zero-shot's features kept in memory under `features` auto."""
     accumulate: int = 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from iqe_jax.config import Config, DataConfig
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.pipeline import image_batches
 from iqe_jax.models.iqe_clip import IqeClip, Params
+from iqe_jax.models.layers import TOWER_OPTIONS
 from iqe_jax.progress import track
 from iqe_jax.sharding import Layout, reader_groups
 from iqe_jax.train_state import Batch
@@ -36,14 +38,14 @@ Check = Callable[[], object]  # called between two batches; may raise to stop
 Arrays = dict[str, np.ndarray]
 
 
-@partial(jax.jit, static_argnames=("model", "layout"))
+@partial(jax.jit, static_argnames=("model", "layout"), compiler_options=TOWER_OPTIONS)
 def run_tower(
     model: IqeClip, frozen: Params, images: jax.Array, layout: Layout
-) -> tuple[Float[jax.Array, "batch level patch width"], Float[jax.Array, "batch dim"]]:
-    """Features of a batch of images, image first, split over the mesh as the batch is."""
+) -> tuple[Float[jax.Array, "level batch patch width"], Float[jax.Array, "batch dim"]]:
+    """Features of a batch of images, split over the mesh as the batch is."""
     features = model.features(frozen, images)
-    found = (jnp.moveaxis(features.patch_tokens, 0, 1), features.image_features)
-    return jax.lax.with_sharding_constraint(found, layout.batch)
+    found = (features.patch_tokens, features.image_features)
+    return jax.lax.with_sharding_constraint(found, (layout.batch_at(1), layout.batch))
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class FeatureSet:
 
     def batch(self, indices: Int[np.ndarray, " batch"], weight: Float[np.ndarray, " batch"]) -> Batch:
         """The images at `indices` as one batch of NumPy arrays."""
-        masks = None if self.masks is None else self.masks[indices].astype(np.float32)
-        return Batch(self.patch_tokens[indices], self.image_features[indices], masks, self.labels[indices], weight)
+        tokens = np.stack([self.patch_tokens[i] for i in indices], 1)
+        masks = None if self.masks is None else np.stack([self.masks[i] for i in indices]).astype(np.float32)
+        return Batch(tokens, self.image_features[indices], masks, self.labels[indices], weight)
 
     def batches(self, batch_size: int, layout: Layout) -> Iterator[Batch]:
         """All images in order, laid out; the last batch is padded with weight 0."""
@@ -70,23 +73,18 @@ class FeatureSet:
         for start in range(0, len(self), size):
             indices = start + layout.rows(size)
             local = self.batch(np.minimum(indices, len(self) - 1), (indices < len(self)).astype(np.float32))
-            yield layout.place(local, size)
+            yield local.placed(layout, size)
 
 
 class OnDisk:
-    """One array of features on disk, shard by shard; `array[indices]` reads the rows asked for."""
+    """One array of features on disk, shard by shard; `array[index]` is the row of one image, read when it is used."""
 
-    def __init__(self, shards: Sequence[Path], count: int, dtype: np.dtype):
-        """Map the files `shards`, which hold `count` rows of `dtype` in all."""
+    def __init__(self, shards: Sequence[Path], dtype: np.dtype):
+        """Map the files `shards`, which hold rows of `dtype`."""
         self._maps = [np.load(path, mmap_mode="r").view(dtype) for path in shards]
-        self.shape = (count, *self._maps[0].shape[1:])
-        self.dtype = dtype
 
-    def __getitem__(self, indices: Int[np.ndarray, " row"]) -> np.ndarray:
-        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        for row, index in zip(rows, indices, strict=True):
-            row[...] = self._maps[index // SHARD][index % SHARD]
-        return rows
+    def __getitem__(self, index: int | np.integer) -> np.ndarray:
+        return self._maps[index // SHARD][index % SHARD]
 
 
 def stream(
@@ -152,16 +150,16 @@ def of_arrays(
 ) -> FeatureSet:
     """Features of images already in memory, kept in memory of every process; masks are binarised at > 0.5."""
     size, dtype = layout.padded(config.train.batch_size), kept_dtype(config)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    found: list[Any] = []
     for start in track(range(0, len(images), size), "Image tower"):
         batch = images[start : start + size]
         padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
         with layout.active():
-            out = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
-        found.append(layout.gather(out))
+            tokens, out = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
+        found.append(layout.gather((jnp.moveaxis(tokens, 0, 1).astype(dtype), out)))
     patch_tokens, image_features = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
     binary = None if masks is None else (masks > 0.5).astype(np.uint8)
-    return FeatureSet(patch_tokens.astype(dtype), image_features, binary, labels.astype(np.float32))
+    return FeatureSet(patch_tokens, image_features, binary, labels.astype(np.float32))
 
 
 def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> int:
@@ -212,8 +210,8 @@ def of_samples(
 
 
 def _arrays(batch: Batch, dtype: np.dtype) -> dict[str, jax.Array]:
-    """What is kept of a batch."""
-    arrays = {"patch_tokens": jnp.asarray(batch.patch_tokens).astype(dtype)}
+    """What is kept of a batch, image first."""
+    arrays = {"patch_tokens": jnp.moveaxis(jnp.asarray(batch.patch_tokens), 0, 1).astype(dtype)}
     arrays["image_features"] = jnp.asarray(batch.image_features)
     if batch.masks is not None:
         arrays["masks"] = (jnp.asarray(batch.masks) > 0.5).astype(jnp.uint8)
@@ -258,11 +256,8 @@ def _on_disk(
         types = {"patch_tokens": kept_dtype(config), "image_features": np.dtype(np.float32)}
         if any(sample.mask for sample in samples):
             types["masks"] = np.dtype(np.uint8)
-        found = {
-            name: OnDisk([shard / f"{name}.npy" for shard in shards], len(samples), dtype)
-            for name, dtype in types.items()
-        }
-    image_features = found["image_features"][np.arange(len(samples))]
+        found = {name: OnDisk([shard / f"{name}.npy" for shard in shards], dtype) for name, dtype in types.items()}
+    image_features = np.stack([found["image_features"][i] for i in range(len(samples))])
     return FeatureSet(found["patch_tokens"], image_features, found.get("masks"), labels)
 
 
@@ -336,7 +331,7 @@ def key_of(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Co
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(weights.digest(vision).encode())
     preprocessing = (settings.image_size, settings.levels, settings.activation, settings.normalisation, settings.dtype)
-    hasher.update(repr((FORM, preprocessing, variants, config.train.feature_dtype, SHARD)).encode())
+    hasher.update(repr((FORM, preprocessing, variants, kept_dtype(config).name, SHARD)).encode())
     for sample in samples:
         for path in (sample.image, sample.mask):
             if path is not None:
@@ -346,5 +341,6 @@ def key_of(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Co
 
 
 def kept_dtype(config: Config) -> np.dtype:
-    """The type that patch tokens are kept in."""
-    return np.dtype(ml_dtypes.bfloat16 if config.train.feature_dtype == "bfloat16" else np.float32)
+    """The type that patch tokens are kept in: bfloat16 where that is asked for, or all that the tower computes."""
+    asked = (config.train.feature_dtype, config.model.dtype)
+    return np.dtype(ml_dtypes.bfloat16 if "bfloat16" in asked else np.float32)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from iqe_jax.config import Config
 from iqe_jax.evaluator import evaluation_step
-from iqe_jax.features import run_tower
+from iqe_jax.features import kept_dtype, run_tower
 from iqe_jax.models.iqe_clip import IqeClip
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import batch_shapes, rows_of_step, state_shapes, state_shardings, step_program, step_settings
@@ -86,7 +86,7 @@ def train_footprint(model: IqeClip, config: Config, layout: Layout, *, masks: bo
     settings = step_settings(model, train, train.dropout, layout)
     state = _abstract(state_shapes(model, settings["rates"]), state_shardings(model, settings["rates"], layout))
     frozen = _frozen(model, layout)
-    batch = batch_shapes(model, layout, size, jnp.dtype(train.feature_dtype), masks=masks)
+    batch = batch_shapes(model, layout, size, kept_dtype(config), masks=masks)
     parts = {
         "frozen": held_bytes(frozen),
         "trainable": held_bytes(state.trainable),

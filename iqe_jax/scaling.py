@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from rich.console import Console
@@ -27,6 +26,7 @@ from rich.table import Table
 from iqe_jax import cli
 from iqe_jax.chips import CHIPS, PASSES, Chip, seconds_to_exchange
 from iqe_jax.config import Config
+from iqe_jax.features import kept_dtype
 from iqe_jax.footprint import Footprint, evaluation_footprints, in_bytes, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip
 from iqe_jax.progress import console
@@ -218,15 +218,16 @@ def _timed(model: IqeClip, config: Config, layout: Layout, size: int, repeats: i
         frozen = drawn(jax.random.key(config.train.seed))
     state = create(model, config.train, frozen, layout)
 
-    def array(*shape: int) -> np.ndarray:
-        return draw.standard_normal((len(layout.rows(size)), *shape), np.float32)
+    rows, side = layout.rows(size), settings.image_size
 
-    tokens = array(len(settings.levels), model.grid**2, model.clip.vision_width)
-    tokens = tokens.astype(jnp.dtype(config.train.feature_dtype))
-    side = settings.image_size
-    labels = np.arange(size, dtype=np.float32)[layout.rows(size)] % 2
-    masks = (array(side, side) > 1).astype(np.float32)
-    batch = layout.place(Batch(tokens, array(model.clip.embed_dim), masks, labels, np.ones_like(labels)), size)
+    def array(*shape: int) -> np.ndarray:
+        return draw.standard_normal(shape, np.float32)
+
+    tokens = array(len(settings.levels), len(rows), model.grid**2, model.clip.vision_width).astype(kept_dtype(config))
+    labels = np.arange(size, dtype=np.float32)[rows] % 2
+    masks = (array(len(rows), side, side) > 1).astype(np.float32)
+    batch = Batch(tokens, array(len(rows), model.clip.embed_dim), masks, labels, np.ones_like(labels))
+    batch = batch.placed(layout, size)
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()

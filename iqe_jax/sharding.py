@@ -30,8 +30,8 @@ AXES = ("data", "fsdp", "tensor")
 class Layout:
     """A mesh with axes data, fsdp and tensor, and the rules that lay logical axes over it. Hashable.
 
-    Every array of a batch is split along its first axis by the rule for `batch`. A process makes only the rows that its
-    own devices hold (`rows`), and `place` turns them into arrays of the whole batch.
+    Every array of a batch is split along its axis of images by the rule for `batch`. A process makes only the rows that
+    its own devices hold (`rows`), and `place` turns them into arrays of the whole batch.
     """
 
     mesh: Mesh
@@ -57,8 +57,12 @@ class Layout:
     @cached_property
     def batch(self) -> NamedSharding:
         """Split along the first axis by the rule for `batch`."""
+        return self.batch_at(0)
+
+    def batch_at(self, axis: int) -> NamedSharding:
+        """Split along `axis` by the rule for `batch`: 1 for arrays of levels of images."""
         axes = dict(self.rules)["batch"]
-        return NamedSharding(self.mesh, PartitionSpec(axes or None))
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, axes or None))
 
     @cached_property
     def batch_shards(self) -> int:
@@ -74,17 +78,18 @@ class Layout:
         held = self.batch.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index or slice(None)] for index in held]))
 
-    def place(self, local: T, batch_size: int) -> T:
-        """Arrays of whole batches from a tree of host arrays with this process's `rows` of them."""
-        rows = self.rows(batch_size)
+    def place(self, local: T, batch_size: int, axis: int = 0) -> T:
+        """Arrays of whole batches from a tree of host arrays with this process's `rows` of them along `axis`."""
+        rows, before = self.rows(batch_size), (slice(None),) * axis
 
         def array(x: np.ndarray) -> jax.Array:
             def part(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(batch_size)
+                start, stop, _ = index[axis].indices(batch_size)
                 first = int(np.searchsorted(rows, start))
-                return x[first : first + stop - start]
+                return x[(*before, slice(first, first + stop - start))]
 
-            return jax.make_array_from_callback((batch_size, *x.shape[1:]), self.batch, part)
+            shape = (*x.shape[:axis], batch_size, *x.shape[axis + 1 :])
+            return jax.make_array_from_callback(shape, self.batch_at(axis), part)
 
         return jax.tree.map(array, local)
 

@@ -29,10 +29,11 @@ AnyArray = jax.Array | np.ndarray  # made on the host, turned into the device's 
 class Batch:
     """Kept features of B images with what supervises them. `masks` is None for sets that have none.
 
-    `regions` has 1/area of the connected region that a pixel belongs to; only the scoring of a test set needs it.
+    `patch_tokens` have the levels first, as the model takes them. `regions` has 1/area of the connected region that a
+    pixel belongs to; only the scoring of a test set needs it.
     """
 
-    patch_tokens: Float[AnyArray, "batch level patch width"]
+    patch_tokens: Float[AnyArray, "level batch patch width"]
     image_features: Float[AnyArray, "batch dim"]
     masks: Float[AnyArray, "batch side side"] | None
     labels: Float[AnyArray, " batch"]
@@ -40,8 +41,13 @@ class Batch:
     regions: Float[AnyArray, "batch side side"] | None = None
 
     def features(self) -> Features:
-        """The features as the model takes them, level first."""
-        return Features(jnp.moveaxis(self.patch_tokens, 1, 0), jnp.asarray(self.image_features))
+        """The features as the model takes them."""
+        return Features(jnp.asarray(self.patch_tokens), jnp.asarray(self.image_features))
+
+    def placed(self, layout: Layout, size: int) -> "Batch":
+        """The whole batch of `size` images, laid out, from this process's rows of it on the host."""
+        tokens, rest = self.patch_tokens, self.replace(patch_tokens=None)  # pyright: ignore[reportAttributeAccessIssue]
+        return layout.place(rest, size).replace(patch_tokens=layout.place(tokens, size, axis=1))
 
 
 def rows_of_step(config: TrainConfig, layout: Layout) -> int:
@@ -50,13 +56,14 @@ def rows_of_step(config: TrainConfig, layout: Layout) -> int:
 
 
 def batch_shapes(model: IqeClip, layout: Layout, size: int, dtype: Any, *, masks: bool) -> Batch:
-    """The shapes of a Batch of `size` images with patch tokens of `dtype`, as `Layout.place` lays it out."""
+    """The shapes of a Batch of `size` images with patch tokens of `dtype`, as `Batch.placed` lays it out."""
 
-    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=layout.batch)
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((size, *shape), jnp.float32, sharding=layout.batch)
 
     settings = model.config
-    tokens = array(len(settings.levels), model.grid**2, model.clip.vision_width, dtype=dtype)
+    shape = (len(settings.levels), size, model.grid**2, model.clip.vision_width)
+    tokens: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch_at(1))
     supervision = array(settings.image_size, settings.image_size) if masks else None
     return Batch(tokens, array(model.clip.embed_dim), supervision, array(), array())
 
@@ -260,8 +267,10 @@ def step_program(
 def _parts(batch: Batch, count: int) -> Batch:
     """The batch as `count` smaller ones, stacked. Neighbours go to different parts, so that no row changes device."""
 
-    def rows(x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x).reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return split(x, None, "batch", *(None,) * (x.ndim - 2))
+    def rows(x: AnyArray, axis: int = 0) -> jax.Array:
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        x = jnp.moveaxis(jnp.asarray(x).reshape(*before, -1, count, *after), axis + 1, 0)
+        return split(x, *(None,) * (axis + 1), "batch", *(None,) * len(after))
 
-    return jax.tree.map(rows, batch)
+    rest = jax.tree.map(rows, batch.replace(patch_tokens=None))  # pyright: ignore[reportAttributeAccessIssue]
+    return rest.replace(patch_tokens=rows(batch.patch_tokens, 1))

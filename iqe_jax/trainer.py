@@ -172,7 +172,7 @@ class Trainer:
         """The steps from `start` on with their batches, gathered in threads ahead of their use."""
         size = rows_of_step(self.config.train, self.layout)
         local = training_data.batches_ahead(sets, self.order, start, self.total, self.layout.rows(size))
-        return ((step, self.layout.place(batch, size)) for step, batch in local)
+        return ((step, batch.placed(self.layout, size)) for step, batch in local)
 
     def _describe(self, step: int) -> str:
         """The images that step `step` (from 0) trained on, in words."""

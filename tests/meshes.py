@@ -39,7 +39,7 @@ def host_batch(images: int, size: int) -> Batch:
     draw = np.random.default_rng(0)
     rows = np.where(np.arange(size) < images, np.arange(size), 0)
     return Batch(
-        patch_tokens=draw.standard_normal((images, 2, 9, 256), np.float32)[rows],
+        patch_tokens=draw.standard_normal((2, images, 9, 256), np.float32)[:, rows],
         image_features=draw.standard_normal((images, 256), np.float32)[rows],
         masks=(draw.random((images, 42, 42)) > 0.7).astype(np.float32)[rows],
         labels=(np.arange(images, dtype=np.float32) % 2)[rows],
@@ -58,7 +58,9 @@ class Run:
         self.state = create(self.model, self.train, self.frozen, layout)
         self.size = layout.padded(images // self.train.accumulate) * self.train.accumulate
         batch = host_batch(images, self.size)
-        self.batch = layout.place(jax.tree.map(lambda x: x[layout.rows(self.size)], batch), self.size)
+        rows = layout.rows(self.size)
+        local = jax.tree.map(lambda x: x[rows], batch.replace(patch_tokens=None))
+        self.batch = local.replace(patch_tokens=batch.patch_tokens[:, rows]).placed(layout, self.size)
 
     def gradients_and_head(self):
         """Loss and gradients on the host, without dropout, and the head's outputs where they lie."""

@@ -12,6 +12,7 @@ from flax.core import meta
 
 from iqe_jax import train_state
 from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
+from iqe_jax.models import layers
 from iqe_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipConfig, PatchEmbedding, Templates, TextTower, resize_positions
 from iqe_jax.models.iqe_clip import INITIAL_TEMPERATURE, IqeClip, blur_matrix, upsampling_matrix
 from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention, reads
@@ -19,6 +20,7 @@ from iqe_jax.models.layers import ACTIVATIONS, LayerNorm, _image_by_image, produ
 from iqe_jax.models.shared import Shared
 from iqe_jax.optim import optimiser
 from iqe_jax.sharding import make_layout
+from iqe_jax.train_state import Batch, objective
 from tests import compiled
 
 CLIP = ClipConfig(
@@ -220,6 +222,22 @@ def test_gradient_of_a_shared_array_is_that_of_each_product_by_itself():
     with jax.default_matmul_precision("float32"):
         one, other = (gradient(array, x, weights, together) for together in (True, False))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)
+
+
+def test_products_of_a_float32_step_are_full_float32_on_the_way_back_too(weights, pixels):
+    features = compiled.features(model(), weights[1], pixels)
+    batch = Batch(features.patch_tokens, features.image_features, np.ones((3, 24, 24)), np.ones(3), np.ones(3))
+
+    def loss(trainable):
+        return objective(model(), trainable, weights[1], batch)[0]
+
+    counts = []
+    for function in (loss, jax.grad(loss)):
+        lines = jax.jit(function).lower(weights[0]).as_text().splitlines()
+        products = [line for line in lines if "stablehlo.dot_general" in line]
+        assert not [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line]
+        counts.append(len(products))
+    assert counts[1] > counts[0] > 20
 
 
 def test_an_update_copies_no_moment():
@@ -441,6 +459,14 @@ def test_attention_image_by_image_is_attention(kind):
         found = jax.jit(_image_by_image)(query, of, value)
         assert found.dtype == query.dtype
         np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=2e-5 if kind == "float32" else 0.05)
+
+
+def test_three_products_are_the_one():
+    draw = np.random.default_rng(4)
+    x, kernel, bias = (draw.normal(size=s).astype(np.float32) for s in ((2, 5, 12), (12, 3, 2, 6), (3, 2, 6)))
+    for one, other in zip(layers._one_product(x, kernel, bias), layers._three_products(x, kernel, bias), strict=True):
+        assert one.shape == (2, 5, 2, 6)
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_products_of_bfloat16_are_summed_in_float32():

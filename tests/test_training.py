@@ -316,8 +316,8 @@ def of_samples(recipe, model, frozen, samples):
     return features.of_samples(model, frozen, samples, recipe, LAYOUT, title="brain", budget=0)
 
 
-def rows(array):
-    return array[np.arange(array.shape[0])]
+def rows(kept, name):
+    return np.stack([getattr(kept, name)[i] for i in range(len(kept))])
 
 
 def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, tiny_root, monkeypatch):
@@ -330,12 +330,12 @@ def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, t
     monkeypatch.setattr(features, "run_tower", lambda *a: runs.append(1) or real(*a))
     again = of_samples(recipe, model, frozen, samples)
     assert not runs
-    np.testing.assert_array_equal(rows(first.patch_tokens), rows(again.patch_tokens))
-    np.testing.assert_array_equal(rows(first.masks), rows(again.masks))
+    np.testing.assert_array_equal(rows(first, "patch_tokens"), rows(again, "patch_tokens"))
+    np.testing.assert_array_equal(rows(first, "masks"), rows(again, "masks"))
     other = jax.tree.map(lambda x: x * 1.01, frozen)
     changed = of_samples(recipe, model, other, samples)
     assert len(runs) == 2
-    assert np.abs(rows(changed.patch_tokens) - rows(first.patch_tokens)).max() > 0
+    assert np.abs(rows(changed, "patch_tokens") - rows(first, "patch_tokens")).max() > 0
     image = samples[0].image
     image.touch()
     of_samples(recipe, model, frozen, samples)
@@ -396,8 +396,8 @@ def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_roo
         of_samples(recipe, model, frozen, samples)
     resumed = of_samples(recipe, model, frozen, samples)
     assert len(runs) == 5 + 3  # 7 batches of 3; the two shards of 6 that were whole are not computed again
-    np.testing.assert_array_equal(rows(resumed.patch_tokens), rows(whole.patch_tokens))
-    np.testing.assert_array_equal(rows(resumed.masks), rows(whole.masks))
+    np.testing.assert_array_equal(rows(resumed, "patch_tokens"), rows(whole, "patch_tokens"))
+    np.testing.assert_array_equal(rows(resumed, "masks"), rows(whole, "masks"))
 
 
 def test_a_full_disk_is_found_out_before_any_work(few_shot, golden_model, tiny_root, monkeypatch):
@@ -537,9 +537,14 @@ def test_padding_of_a_batch_changes_neither_loss_nor_gradients(golden_model):
     shapes = {"patch_tokens": (3, 4, 25, 128), "image_features": (3, 64), "masks": (3, 40, 40)}
     arrays = {name: draw.random(shape, np.float32) for name, shape in shapes.items()}
     arrays["labels"] = np.array([0, 1, 1], np.float32)
-    small = train_state.Batch(**arrays, weight=np.ones(3, np.float32))
+
+    def batch(arrays, weight):
+        tokens = np.moveaxis(arrays["patch_tokens"], 1, 0)
+        return train_state.Batch(**{**arrays, "patch_tokens": tokens}, weight=np.array(weight, np.float32))
+
+    small = batch(arrays, [1, 1, 1])
     padded = {name: np.concatenate([array, array[:2] * 0.3]) for name, array in arrays.items()}
-    padded = train_state.Batch(**padded, weight=np.array([1, 1, 1, 0, 0], np.float32))
+    padded = batch(padded, [1, 1, 1, 0, 0])
 
     one, other = (compiled.gradients(trainable, model, frozen, batch) for batch in (small, padded))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, other)
