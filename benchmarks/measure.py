@@ -77,10 +77,11 @@ class Report:
         return next((row for row in self.rows if (row.section, row.name) == (section, name)), None)
 
 
-def in_turns(calls: Mapping[Key, Callable[[], Any]], repeats: int) -> dict[Key, list[float]]:
-    """Seconds of `repeats` calls of each, taken in turns after one that compiles and warms up.
+def in_turns(calls: Mapping[Key, Callable[[], Any]], repeats: int, at_once: int = 1) -> dict[Key, list[float]]:
+    """Seconds a call of each, `repeats` times, taken in turns after one that compiles and warms up.
 
-    In turns, so that a machine that slows down on the way slows them all down. What a call returns is waited for.
+    In turns, so that a machine that slows down on the way slows them all down. A turn is `at_once` calls, of which only
+    what the last returns is waited for: a device of its own works them off one after the other.
     """
     for call in calls.values():
         jax.block_until_ready(call())
@@ -88,8 +89,10 @@ def in_turns(calls: Mapping[Key, Callable[[], Any]], repeats: int) -> dict[Key, 
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
+            for _ in range(at_once - 1):
+                call()
             jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start) / at_once)
     return times
 
 

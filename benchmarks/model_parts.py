@@ -15,19 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from benchmarks import cost, peers
+from benchmarks import cost, kernels, peers
 from benchmarks.measure import Report, flops_of, in_turns
 from iqe_jax.config import Config
 from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateUsage]
+from iqe_jax.features import kept_dtype
 from iqe_jax.footprint import in_bytes
 from iqe_jax.models.iqe_clip import Features, IqeClip
-from iqe_jax.models.layers import product
+from iqe_jax.models.layers import TOWER_OPTIONS, product
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch, create, step_program, step_settings
 
-TOWER_SHARE = 0.07  # of the tower's time, for a training step on kept features
-INFERENCE_SHARE = 1.05
-MATRIX_SHARE = {"cpu": 0.8, "gpu": 0.5}
+# On a CPU: a training step on kept features and inference against the tower's time, the tower against a product.
+TOWER_SHARE, INFERENCE_SHARE, MATRIX_SHARE = 0.07, 1.05, 0.8
+# On a GPU: the tower and inference against the peak rate, the step's images a second against the tower's.
+TOWER_PEAK, INFERENCE_PEAK, STEP_RATE = 0.5, 0.45, 10
+# Dense bfloat16 FLOP/s of NVIDIA's data sheets (H100 SXM, H200 SXM), by the names that the devices give themselves.
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+AT_ONCE = 5  # calls of a turn on a device of its own, as training and evaluation give it one after the other
+PEER_IMAGES = 128  # a GPU's memory does not hold what PyTorch makes of as many images as are best for ours
+
+
+def at_once(device: str) -> int:
+    """Calls of one turn on `--device`."""
+    return 1 if device == "cpu" else AT_ONCE
 
 
 def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: str) -> None:
@@ -37,7 +48,7 @@ def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: s
     calls: dict[str, Callable[[], Any]] = {"ours": partial(ours, a)}
     if torch is not None:
         calls["PyTorch"] = peers.product(size, model.config.dtype, peers.device_name(device))
-    for name, times in in_turns(calls, max(report.repeats, 3)).items():
+    for name, times in in_turns(calls, max(report.repeats, 3), at_once(device)).items():
         row = report.add("matrix product", f"{name}, {size} × {size}", times, flops=2.0 * size**3)
         if name == "ours":
             report.matrix_rate = 2.0 * size**3 / row.median
@@ -53,7 +64,7 @@ def batch_for_memory(model: IqeClip, device: Any, limit: int = 1024) -> int:
     if free <= 0:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     frozen, side = jax.eval_shape(lambda key: meta.unbox(model.init_frozen(key)), jax.random.key(0)), model.config
-    tower = jax.jit(model.features)
+    tower = jax.jit(model.features, compiler_options=TOWER_OPTIONS)
 
     def needed(size: int) -> int:
         images = jax.ShapeDtypeStruct((size, side.image_size, side.image_size, 3), jnp.float32)
@@ -75,6 +86,7 @@ class Parts:
     layout: Layout
     batch: int
     device: str
+    profile: bool = False
 
     def __post_init__(self) -> None:
         """Draw weights and images, and run the tower once for the features."""
@@ -86,7 +98,8 @@ class Parts:
         )
         self.images = draw.random((size, side, side, 3), np.float32)
         self.on_device = jax.device_put(self.images)
-        self.tower = jax.jit(model.features).lower({"vision": self.frozen["vision"]}, self.on_device).compile()
+        tower = jax.jit(model.features, compiler_options=TOWER_OPTIONS)
+        self.tower = tower.lower({"vision": self.frozen["vision"]}, self.on_device).compile()
         self.features: Features = self.tower({"vision": self.frozen["vision"]}, self.on_device)
         self.masks = (draw.random((size, side, side)) > 0.9).astype(np.float32)
         self.labels = (np.arange(size) % 2).astype(np.float32)
@@ -98,17 +111,23 @@ class Parts:
 
     def kept(self) -> Batch:
         """The features as training keeps them, laid out."""
-        tokens = np.moveaxis(np.asarray(self.features.patch_tokens, np.float32), 0, 1).copy()
+        tokens = np.asarray(self.features.patch_tokens, kept_dtype(self.config))
         image_features = np.asarray(self.features.image_features)
         batch = Batch(tokens, image_features, self.masks, self.labels, np.ones_like(self.labels))
-        return self.layout.place(batch, self.batch)
+        return batch.placed(self.layout, self.batch)
 
     def peer_batch(self) -> dict[str, np.ndarray]:
-        """The same for peers.head."""
-        tokens = np.asarray(self.features.patch_tokens, np.float32)
-        image_features = np.asarray(self.features.image_features)
-        masks, labels = self.masks, self.labels
+        """The same for peers.head, of as many images as PyTorch gets."""
+        some, features = self.peer_images, self.features
+        tokens = np.asarray(features.patch_tokens[:, :some], np.float32)
+        image_features = np.asarray(features.image_features[:some])
+        masks, labels = self.masks[:some], self.labels[:some]
         return {"patch_tokens": tokens, "image_features": image_features, "masks": masks, "labels": labels}
+
+    @property
+    def peer_images(self) -> int:
+        """Images that PyTorch gets in a call."""
+        return self.batch if self.device == "cpu" else min(self.batch, PEER_IMAGES)
 
 
 def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
@@ -121,8 +140,8 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
     calls["tower", "ours"] = lambda: parts.tower(vision, parts.on_device)
     flops["tower", "ours"] = cost.tower(model, parts.batch)  # a compiler counts what is in a loop once
     if torch is not None and "tower" in wanted:
-        calls["tower", "PyTorch"] = peers.tower(model, parts.images, dtype, device)
-        flops["tower", "PyTorch"] = flops["tower", "ours"]
+        calls["tower", "PyTorch"] = peers.tower(model, parts.images[: parts.peer_images], dtype, device)
+        flops["tower", "PyTorch"] = cost.tower(model, parts.peer_images)
     if "text" in wanted:
         _text(parts, calls, flops)
     if "head" in wanted:
@@ -142,10 +161,14 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
             calls["head", "PyTorch"] = peer["head"]
         if "training" in wanted:
             calls["training step, kept features", "PyTorch"] = peer["step"]
-    for (section, name), seconds in in_turns(calls, report.repeats).items():
-        report.add(section, name, seconds, images=parts.batch, flops=flops.get((section, name)))
+    for (section, name), seconds in in_turns(calls, report.repeats, at_once(parts.device)).items():
+        images = parts.peer_images if name == "PyTorch" else parts.batch
+        report.add(section, name, seconds, images=images, flops=flops.get((section, name)))
     report.facts["batch"] = parts.batch
     _targets(parts, report)
+    if parts.profile:
+        own = [(name, "ours") for name in ("tower", "training step, kept features")]
+        report.facts["kernels"] = {key[0]: kernels.seconds(calls[key]) for key in own if key in calls}
 
 
 def _segmented(model: IqeClip, trainable: Any, frozen: Any, found: Features) -> Any:
@@ -182,8 +205,8 @@ def _training(parts: Parts, calls: Any, flops: Any, report: Report) -> None:
 
     def whole() -> Any:
         found = parts.tower({"vision": parts.frozen["vision"]}, parts.on_device)
-        tokens = jnp.moveaxis(found.patch_tokens, 0, 1).astype(jnp.float32)
-        tokens, image_features = jax.device_put((tokens, found.image_features), layout.batch)
+        split = layout.batch_at(1), layout.batch
+        tokens, image_features = jax.device_put((found.patch_tokens, found.image_features), split)
         return step(kept.replace(patch_tokens=tokens, image_features=image_features))  # pyright: ignore
 
     name = "training step, kept features"
@@ -195,16 +218,28 @@ def _training(parts: Parts, calls: Any, flops: Any, report: Report) -> None:
 
 
 def _targets(parts: Parts, report: Report) -> None:
-    tower = report.find("tower", "ours")
-    assert tower is not None
-    if (peer := report.find("tower", "PyTorch")) is not None:
-        report.target("tower ÷ PyTorch's tower", tower.median / peer.median, 1.0)
-    if report.matrix_rate and tower.flops:
-        share = tower.flops / tower.median / report.matrix_rate
-        least = MATRIX_SHARE.get(parts.device, MATRIX_SHARE["cpu"])
-        report.target("tower, share of the matrix-product rate", share, least, at_least=True)
-    if (step := report.find("training step, kept features", "ours")) is not None:
-        report.target("training step on kept features ÷ tower", step.median / tower.median, TOWER_SHARE)
+    tower, step = report.find("tower", "ours"), report.find("training step, kept features", "ours")
+    inference, peer = report.find("inference", "ours"), report.find("tower", "PyTorch")
+    assert tower is not None and tower.flops is not None
+    if peer is not None:
+        each = (tower.median / parts.batch) / (peer.median / parts.peer_images)
+        report.target("tower ÷ PyTorch's tower, an image", each, 1.0)
+    peak = PEAKS.get(jax.devices()[0].device_kind) if parts.model.config.dtype == "bfloat16" else None
+    rate, of = (peak, "peak") if peak else (report.matrix_rate, "matrix-product")
+    gpu = parts.device == "gpu"
+    if rate:
+        least, share = TOWER_PEAK if gpu else MATRIX_SHARE, tower.flops / tower.median / rate
+        report.target(f"tower, share of the {of} rate", share, least, at_least=True)
+    if step is not None:
+        if gpu:
+            name = "training step on kept features, times the tower's images a second"
+            report.target(name, tower.median / step.median, STEP_RATE, at_least=True)
+        else:
+            report.target("training step on kept features ÷ tower", step.median / tower.median, TOWER_SHARE)
         report.target("seconds to compile the training step", report.facts["seconds to compile the training step"], 60)
-    if (inference := report.find("inference", "ours")) is not None:
-        report.target("inference ÷ tower", inference.median / tower.median, INFERENCE_SHARE)
+    if inference is not None:
+        if gpu and rate and inference.flops:
+            share = inference.flops / inference.median / rate
+            report.target(f"inference, share of the {of} rate", share, INFERENCE_PEAK, at_least=True)
+        else:
+            report.target("inference ÷ tower", inference.median / tower.median, INFERENCE_SHARE)

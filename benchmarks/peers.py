@@ -5,11 +5,26 @@ one writes first. Weights are random, since only the time is looked at. Torch is
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from iqe_jax.models.iqe_clip import IqeClip
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What PyTorch has been told to compute; it is waited for as JAX's arrays are."""
+
+    value: Any
+
+    def block_until_ready(self) -> None:
+        """Wait for all that the value's GPU was told to do; a CPU has done it already."""
+        if self.value.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
 
 
 def torch_or_none(threads: int) -> Any:
@@ -36,9 +51,7 @@ def product(size: int, dtype: str, device: str) -> Callable[[], Any]:
 
     def run() -> Any:
         with torch.inference_mode():
-            found = a @ a
-            _wait(torch, device)
-            return found[0, 0].item()
+            return Pending(a @ a)
 
     return run
 
@@ -66,16 +79,9 @@ def tower(model: IqeClip, images: np.ndarray, dtype: str, device: str) -> Callab
 
     def run() -> Any:
         with torch.inference_mode():
-            found = peer(pixel_values=pixels, output_hidden_states=True)
-            _wait(torch, device)
-            return found.image_embeds.float().cpu().numpy()
+            return Pending(peer(pixel_values=pixels, output_hidden_states=True).image_embeds)
 
     return run
-
-
-def _wait(torch: Any, device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def head(model: IqeClip, batch: dict[str, np.ndarray], dtype: str, device: str) -> dict[str, Callable[[], Any]]:
@@ -95,16 +101,13 @@ def head(model: IqeClip, batch: dict[str, np.ndarray], dtype: str, device: str) 
 
     def run() -> Any:
         with torch.inference_mode():
-            found = peer.segment(peer(given["patch_tokens"], given["image_features"]))
-            _wait(torch, device)
-            return found.float().cpu().numpy()
+            return Pending(peer.segment(peer(given["patch_tokens"], given["image_features"])))
 
     def step() -> Any:
         adam.zero_grad()
         value = loss(peer, peer(given["patch_tokens"], given["image_features"]), given["masks"], given["labels"])
         value.backward()
         adam.step()
-        _wait(torch, device)
-        return value.item()
+        return Pending(value)
 
     return {"head": run, "step": step}

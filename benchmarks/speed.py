@@ -43,6 +43,8 @@ class Options:
     """Threads of PyTorch and of decoding; JAX takes all cores it is given."""
     pixels: int | None = None
     """Pixels that the pixel metrics count, 200 million at full size."""
+    profile: bool = False
+    """On a GPU, also where the time of the tower and of a training step goes, by kind of kernel."""
     out: Path = Path("runs/speed")
     """Folder for speed.json, speed.md and speed.png."""
 
@@ -73,13 +75,14 @@ def run(options: Options) -> Any:
     model = describe(config.model)
     if "matrix" in wanted:
         console.print("Matrix product …")
-        model_parts.matrix_rate(report, model, 4096 if full else 512, torch, options.device)
+        size = (4096 if options.device == "cpu" else 8192) if full else 512
+        model_parts.matrix_rate(report, model, size, torch, options.device)
     parts = None
     if wanted & (MODEL_SECTIONS | {"input"}):
         console.print("Drawing weights, compiling …")
         layout = make_layout(config.mesh, jax.devices()[:1])
         batch = options.batch or model_parts.batch_for_memory(model, jax.devices()[0], 1024 if full else 16)
-        parts = model_parts.Parts(model, config, layout, batch, options.device)
+        parts = model_parts.Parts(model, config, layout, batch, options.device, options.profile)
         report.facts["batch"] = batch
     if parts is not None and wanted & MODEL_SECTIONS:
         console.print(f"{', '.join(sorted(wanted & MODEL_SECTIONS))}: {parts.batch} images a call …")
@@ -158,6 +161,9 @@ def write(report: Any, out: Path) -> None:
     (out / "speed.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
     lines = [f"**{title}**", "", "| " + " | ".join(shown[0]) + " |", "|" + "---|" * len(shown[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in shown]
+    for part, times in report.facts.get("kernels", {}).items():
+        lines += ["", f"| {part}, by kernel | ms a call | share |", "|---|---|---|"]
+        lines += [f"| {kind} | {1e3 * s:.2f} | {s / times['all']:.1%} |" for kind, s in times.items()]
     (out / "speed.md").write_text("\n".join([*lines, "", *(f"- {target}" for target in report.targets)]) + "\n")
     plot(report, title, out / "speed.png")
 

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from benchmarks import cost, model_parts, speed
+from benchmarks import cost, kernels, model_parts, speed
 from benchmarks.measure import Report, Target, in_turns
 from iqe_jax.config import load
 from iqe_jax.models import layers
@@ -95,6 +97,70 @@ def test_in_turns_warms_up_and_keeps_the_order():
     order = []
     times = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2)
     assert order == ["a", "b", "a", "b", "a", "b"] and all(len(seconds) == 2 for seconds in times.values())
+
+
+def test_a_turn_of_several_calls_is_the_time_of_one():
+    waited = []
+
+    class Pending:
+        def block_until_ready(self):
+            waited.append(self)
+
+    calls = []
+    (times,) = in_turns({"": lambda: calls.append(0) or Pending()}, 2, at_once=5).values()
+    assert len(calls) == 1 + 2 * 5 and len(waited) == 1 + 2 and len(times) == 2
+
+
+def trace(*events):
+    """A trace as the profiler writes it: of a GPU with one stream and of the process that drives it."""
+    names = [(1, None, "process_name", "/device:GPU:0"), (2, None, "process_name", "/host:CPU")]
+    names += [(1, 7, "thread_name", "Stream #7"), (1, 8, "thread_name", "Steps"), (2, 7, "thread_name", "Stream #7")]
+    described = [{"ph": "M", "pid": p, "tid": t, "name": kind, "args": {"name": n}} for p, t, kind, n in names]
+    return described + [{"ph": "X", "pid": p, "tid": t, "name": name, "dur": 1e6 * s} for p, t, name, s in events]
+
+
+def test_a_profile_adds_up_what_ran_on_the_gpu():
+    ours = [("nvjet_sm90_tst_128x160", 6), ("gemm_fusion_dot_12", 3), ("nvjet_sm90_tst_64x8", 3), ("Memset 0", 0.3)]
+    ours += [("cudnn_generated_fort_native_sdpa_sm90_flash", 1.5), ("loop_add_fusion_3", 0.6), ("fusion_690", 0.9)]
+    ours += [("loop_transpose_fusion_1", 0.3), ("fused_attention", 2.4), ("input_reduce_fusion_4", 0.9), ("what", 0.3)]
+    found = kernels.by_kind(trace(*((1, 7, *event) for event in ours), (1, 8, "step", 50), (2, 7, "python", 50)))
+    assert found == pytest.approx(
+        {
+            "products, cuBLAS": 3,
+            "products, Triton": 1,
+            "attention of the query module, one pass": 0.8,
+            "sums, maxima and norms": 0.6,
+            "attention of the image tower, cuDNN": 0.5,
+            "copies, transpositions, types": 0.2,
+            "element by element": 0.2,
+            "other": 0.1,
+            "all": 6.4,
+        }
+    )
+    kinds = list(found)
+    assert (kinds[0], kinds[-1]) == ("products, cuBLAS", "all")
+    assert kernels.by_kind(trace((2, 7, "python", 50))) == {}
+
+
+def test_on_a_gpu_other_figures_have_to_hold(model, monkeypatch):
+    class Card:
+        device_kind = "NVIDIA H200"
+
+    half = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="bfloat16"))
+    report = Report(1, facts={"seconds to compile the training step": 1.0})
+    for section, seconds, flops in (("tower", 10.0, 6000e12), ("inference", 10.0, 6100e12)):
+        report.add(section, "ours", [seconds], images=20, flops=flops)
+    report.add("tower", "PyTorch", [6.0], images=10)
+    report.add("training step, kept features", "ours", [0.8], images=20)
+    parts = SimpleNamespace(model=half, device="gpu", batch=20, peer_images=10)
+    monkeypatch.setattr(jax, "devices", lambda: [Card()])
+    model_parts._targets(parts, report)
+    found = {target.name: (target.value, target.held) for target in report.targets}
+    assert found["tower ÷ PyTorch's tower, an image"] == (pytest.approx(10 / 12), True)
+    assert found["tower, share of the peak rate"] == (pytest.approx(600 / 989), True)
+    assert found["inference, share of the peak rate"] == (pytest.approx(610 / 989), True)
+    name = "training step on kept features, times the tower's images a second"
+    assert found[name] == (pytest.approx(12.5), True)
 
 
 def test_targets_say_whether_they_hold():
