@@ -12,7 +12,7 @@ from benchmarks.measure import Report, in_turns
 from benchmarks.starts import phantoms_here
 from iqe_jax.data.bmad import load_split
 from iqe_jax.data.pipeline import FewShotBatches, image_batches
-from iqe_jax.features import SHARD, FeatureSet, OnDisk
+from iqe_jax.features import SHARD, FeatureSet, OnDisk, kept_dtype, write
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch, create, train_step
 from iqe_jax.training_data import batches_ahead
@@ -36,23 +36,24 @@ def kept_features(parts: Any, report: Report, steps: int) -> None:
     model, layout, size = parts.model, parts.layout, parts.batch
     clip, side = model.clip, model.config.image_size
     shape = (len(model.config.levels), model.grid**2, clip.vision_width)
-    draw = np.random.default_rng(0)
+    draw, dtype = np.random.default_rng(0), kept_dtype(parts.config)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.npy" for i in range(2)]
-        masks = [Path(folder) / f"mask{i}.npy" for i in range(2)]
-        for path, mask in zip(paths, masks, strict=True):
-            np.save(path, draw.standard_normal((SHARD, *shape), np.float32))
-            np.save(mask, (draw.random((SHARD, side, side)) > 0.9).astype(np.uint8))
-        count = SHARD * len(paths)
-        tokens = OnDisk(paths, np.dtype(np.float32))
+        shards = [Path(folder) / str(i) for i in range(2)]
+        for shard in shards:
+            masks = (draw.random((SHARD, side, side)) > 0.9).astype(np.uint8)
+            tokens = draw.standard_normal((SHARD, *shape), np.float32).astype(dtype)
+            write(shard, {"tokens": tokens, "masks": masks})
+        count = SHARD * len(shards)
         labels = (np.arange(count) % 2).astype(np.float32)
         image_features = draw.standard_normal((count, clip.embed_dim), np.float32)
-        kept = FeatureSet(tokens, image_features, OnDisk(masks, np.dtype(np.uint8)), labels)
+        tokens = OnDisk([shard / "tokens.npy" for shard in shards], dtype)
+        masks = OnDisk([shard / "masks.npy" for shard in shards], np.dtype(np.uint8))
+        kept = FeatureSet(tokens, image_features, masks, labels)
         order = draw.integers(0, count, (report.repeats + 1, size))
         chosen = iter(order)
         weight = np.ones(size, np.float32)
         times = in_turns({"": lambda: kept.batch(next(chosen), weight).patch_tokens}, report.repeats)[""]
-        each = 4 * np.prod(shape)
+        each = dtype.itemsize * np.prod(shape)
         row = report.add("input", "a batch of kept features, memory-mapped", times, images=size)
         report.facts["kept features, read at GB/s"] = float(size * each / row.median / 1e9)
         waited, total = _waited(parts, kept, layout, steps)

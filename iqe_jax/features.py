@@ -155,8 +155,8 @@ def of_arrays(
         batch = images[start : start + size]
         padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
         with layout.active():
-            tokens, out = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
-        found.append(layout.gather((jnp.moveaxis(tokens, 0, 1).astype(dtype), out)))
+            tokens, pooled = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
+        found.append(layout.gather((jnp.moveaxis(tokens, 0, 1).astype(dtype), pooled)))
     patch_tokens, image_features = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
     binary = None if masks is None else (masks > 0.5).astype(np.uint8)
     return FeatureSet(patch_tokens, image_features, binary, labels.astype(np.float32))

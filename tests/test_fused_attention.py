@@ -72,6 +72,8 @@ def test_kernels_are_for_one_hopper_gpu_and_known_sizes(monkeypatch):
     assert not fused_attention.fits(rows.astype(jnp.float32), tokens.astype(jnp.float32))
     assert not fused_attention.fits(rows[:, :12], tokens)
     assert not fused_attention.fits(rows[..., :96], tokens[..., :96])
+    assert not fused_attention.fits(jnp.tile(rows, (1, 4, 1)), tokens)
+    assert not fused_attention.fits(jnp.tile(rows, 8), jnp.tile(tokens, 8))
     monkeypatch.setattr(fused_attention, "whole", lambda: False)
     assert not fused_attention.fits(rows, tokens)
     monkeypatch.setattr(fused_attention, "whole", lambda: True)

@@ -14,14 +14,14 @@ from jaxtyping import Array, Float
 
 from iqe_jax.models.layers import capability, whole
 
-BLOCK, WARPS, STAGES = 32, 4, 2  # tokens in a block, warps of a program, blocks on their way: the quickest on an H200
+BLOCK, WARPS, STAGES = 32, 4, 2  # tokens in a block, warps, blocks on their way: the quickest on an H200
 
 
 def fits(rows: jax.Array, tokens: jax.Array) -> bool:
-    """Whether the kernels can be taken: bfloat16 on one Hopper GPU, and sizes that its tensor cores take."""
+    """Whether the kernels can be taken: bfloat16 on one Hopper GPU, and sizes that its registers hold."""
     *batch, count, dim = rows.shape
     known = all(isinstance(size, int) for size in (*batch, *tokens.shape))  # an exported program may not know its batch
-    sizes = known and count in (16, 32, 64) and dim % 128 == 0
+    sizes = known and count in (16, 32) and dim % 128 == 0 and dim <= 1024
     return sizes and rows.dtype == tokens.dtype == jnp.bfloat16 and whole() and 9 <= capability() < 10
 
 
