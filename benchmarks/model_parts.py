@@ -33,7 +33,7 @@ TOWER_PEAK, INFERENCE_PEAK, STEP_RATE = 0.5, 0.45, 10
 # Dense bfloat16 FLOP/s of NVIDIA's data sheets (H100 SXM, H200 SXM), by the names that the devices give themselves.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 AT_ONCE = 5  # calls of a turn on a device of its own, as training and evaluation give it one after the other
-PEER_IMAGES = 128  # a GPU's memory does not hold what PyTorch makes of as many images as are best for ours
+PEER_IMAGES = 128  # on a GPU, as PyTorch's textbook head keeps much more for the way back
 
 
 def at_once(device: str) -> int:

@@ -194,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.speed", description=description)
     if options.batch < 0 or options.repeats < 1 or options.threads < 1:
         raise SystemExit("--batch must not be negative, --repeats and --threads must be above 0")
+    if options.profile and options.device != "gpu":
+        raise SystemExit(f"--profile reads a GPU's kernels, --device is {options.device}; add --device gpu")
     write(run(options), options.out)
     print(f"Written to {options.out}")
 

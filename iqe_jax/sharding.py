@@ -80,7 +80,7 @@ class Layout:
 
     def place(self, local: T, batch_size: int, axis: int = 0) -> T:
         """Arrays of whole batches from a tree of host arrays with this process's `rows` of them along `axis`."""
-        rows, before = self.rows(batch_size), (slice(None),) * axis
+        rows, sharding, before = self.rows(batch_size), self.batch_at(axis), (slice(None),) * axis
 
         def array(x: np.ndarray) -> jax.Array:
             def part(index: Any) -> np.ndarray:
@@ -89,7 +89,7 @@ class Layout:
                 return x[(*before, slice(first, first + stop - start))]
 
             shape = (*x.shape[:axis], batch_size, *x.shape[axis + 1 :])
-            return jax.make_array_from_callback(shape, self.batch_at(axis), part)
+            return jax.make_array_from_callback(shape, sharding, part)
 
         return jax.tree.map(array, local)
 

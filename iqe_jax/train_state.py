@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, cast
 
@@ -44,10 +44,14 @@ class Batch:
         """The features as the model takes them."""
         return Features(jnp.asarray(self.patch_tokens), jnp.asarray(self.image_features))
 
+    def map(self, function: Callable[[AnyArray, int], Any]) -> "Batch":
+        """`function(array, axis)` of every array there is, where `axis` is that of the images."""
+        rest: Any = self.replace(patch_tokens=None)  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.tree.map(lambda x: function(x, 0), rest).replace(patch_tokens=function(self.patch_tokens, 1))
+
     def placed(self, layout: Layout, size: int) -> "Batch":
         """The whole batch of `size` images, laid out, from this process's rows of it on the host."""
-        tokens, rest = self.patch_tokens, self.replace(patch_tokens=None)  # pyright: ignore[reportAttributeAccessIssue]
-        return layout.place(rest, size).replace(patch_tokens=layout.place(tokens, size, axis=1))
+        return self.map(lambda x, axis: layout.place(x, size, axis))
 
 
 def rows_of_step(config: TrainConfig, layout: Layout) -> int:
@@ -267,10 +271,9 @@ def step_program(
 def _parts(batch: Batch, count: int) -> Batch:
     """The batch as `count` smaller ones, stacked. Neighbours go to different parts, so that no row changes device."""
 
-    def rows(x: AnyArray, axis: int = 0) -> jax.Array:
+    def rows(x: AnyArray, axis: int) -> jax.Array:
         before, after = x.shape[:axis], x.shape[axis + 1 :]
         x = jnp.moveaxis(jnp.asarray(x).reshape(*before, -1, count, *after), axis + 1, 0)
         return split(x, *(None,) * (axis + 1), "batch", *(None,) * len(after))
 
-    rest = jax.tree.map(rows, batch.replace(patch_tokens=None))  # pyright: ignore[reportAttributeAccessIssue]
-    return rest.replace(patch_tokens=rows(batch.patch_tokens, 1))
+    return batch.map(rows)

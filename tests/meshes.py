@@ -59,8 +59,7 @@ class Run:
         self.size = layout.padded(images // self.train.accumulate) * self.train.accumulate
         batch = host_batch(images, self.size)
         rows = layout.rows(self.size)
-        local = jax.tree.map(lambda x: x[rows], batch.replace(patch_tokens=None))
-        self.batch = local.replace(patch_tokens=batch.patch_tokens[:, rows]).placed(layout, self.size)
+        self.batch = batch.map(lambda x, axis: x.take(rows, axis)).placed(layout, self.size)
 
     def gradients_and_head(self):
         """Loss and gradients on the host, without dropout, and the head's outputs where they lie."""

@@ -169,3 +169,8 @@ def test_targets_say_whether_they_hold():
     report.target("ratio", 1.2, 1.0)
     assert [target.held for target in report.targets] == [True, False]
     assert str(Target("ratio", 1.2, 1.0)).startswith("MISS  ratio: 1.2 (target ≤ 1)")
+
+
+def test_a_profile_is_of_a_gpu():
+    with pytest.raises(SystemExit, match="--device is cpu; add --device gpu"):
+        speed.main(["--profile"])

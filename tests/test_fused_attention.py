@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iqe_jax.models import fused_attention, layers
+from iqe_jax.models import fused_attention, fused_kernels, layers
 from iqe_jax.models.shared import Shared
 
 SCALE = 0.2
@@ -37,7 +37,7 @@ def test_kernels_are_the_formula_and_its_gradient(tokens, dim, rows, dtype, tole
     of_rows, of_tokens = back(gradient)
 
     for forth, backward, how in (
-        (fused_attention.kernel, fused_attention.kernel_back, {"interpret": True}),
+        (fused_kernels.kernel, fused_kernels.kernel_back, {"interpret": True}),
         (fused_attention.plain, fused_attention.plain_back, {}),
     ):
         found, total = forth(*arrays[:2], scale=SCALE, **how)

@@ -2,19 +2,16 @@
 
 Two products with a softmax between them read all tokens twice, forth and back, and that is what takes their time. Here
 a block of tokens is read once for both. Each image of each level is one program of the GPU's; logits, weights and sums
-are float32, products have the tokens' type. The same in plain JAX stands beside it, for every other machine.
+are float32, products have the tokens' type. The kernels are in fused_kernels.py; the same in plain JAX is here.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iqe_jax.models.layers import capability, whole
-
-BLOCK, WARPS, STAGES = 32, 4, 2  # tokens in a block, warps, blocks on their way: the quickest on an H200
+from iqe_jax.models.layers import capability, where_nvidia, whole
 
 
 def fits(rows: jax.Array, tokens: jax.Array) -> bool:
@@ -29,8 +26,10 @@ def attend(
     rows: Float[Array, "batch row dim"], tokens: Float[Array, "batch token dim"], scale: float
 ) -> tuple[Float[Array, "batch row dim"], Float[Array, "batch row"]]:
     """For each row the sum of the tokens by its weights, and the logarithm of the sum of its exponentials."""
-    forms = {"cuda": partial(kernel, scale=scale), "default": partial(plain, scale=scale)}
-    return jax.lax.platform_dependent(rows, tokens, **forms)
+    from iqe_jax.models import fused_kernels
+
+    kernel = partial(fused_kernels.kernel, scale=scale)
+    return where_nvidia(kernel, partial(plain, scale=scale), rows, tokens)
 
 
 def attend_back(
@@ -46,8 +45,10 @@ def attend_back(
     `gradient` is that of the attended rows, `total` what `attend` gave with them, `mean` the product of the attended
     rows with their gradient.
     """
-    forms = {"cuda": partial(kernel_back, scale=scale), "default": partial(plain_back, scale=scale)}
-    return jax.lax.platform_dependent(rows, tokens, gradient, total, mean, **forms)
+    from iqe_jax.models import fused_kernels
+
+    kernel = partial(fused_kernels.kernel_back, scale=scale)
+    return where_nvidia(kernel, partial(plain_back, scale=scale), rows, tokens, gradient, total, mean)
 
 
 def plain(rows: jax.Array, tokens: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -66,120 +67,3 @@ def plain_back(
     weights = jnp.exp(product(rows) * scale - total[:, None])
     logits = (weights * (product(gradient) - mean[:, None]) * scale).astype(tokens.dtype)
     return jnp.einsum("nlr,nld->nrd", logits, tokens), weights.astype(tokens.dtype), logits
-
-
-def kernel(rows: jax.Array, tokens: jax.Array, scale: float, **settings) -> tuple[jax.Array, jax.Array]:
-    """`attend` as one kernel; `settings` are `pallas_call`'s own."""
-    shapes = [jax.ShapeDtypeStruct(rows.shape, tokens.dtype), jax.ShapeDtypeStruct(rows.shape[:-1], jnp.float32)]
-    return _call(_forth, scale, shapes, rows, tokens, **settings)
-
-
-def kernel_back(
-    rows: jax.Array,
-    tokens: jax.Array,
-    gradient: jax.Array,
-    total: jax.Array,
-    mean: jax.Array,
-    scale: float,
-    **settings,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`attend_back` as one kernel; `settings` are `pallas_call`'s own."""
-    weights = jax.ShapeDtypeStruct((*tokens.shape[:2], rows.shape[1]), tokens.dtype)
-    shapes = [jax.ShapeDtypeStruct(rows.shape, rows.dtype), weights, weights]
-    return _call(_back, scale, shapes, rows, tokens, gradient, total, mean, **settings)
-
-
-def _call(body, scale: float, shapes: list[jax.ShapeDtypeStruct], *arrays: jax.Array, **settings):
-    """Run `body` on each entry of the arrays' first axis."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    def one(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda n: (n, *(0,) * (len(x.shape) - 1)))
-
-    return pl.pallas_call(
-        partial(body, scale=scale),
-        grid=arrays[0].shape[:1],
-        in_specs=[one(x) for x in arrays],
-        out_specs=[one(x) for x in shapes],
-        out_shape=shapes,
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
-        name="fused_attention",
-        **settings,
-    )(*arrays)
-
-
-def _columns(dim: int) -> list:
-    """The width in parts whose sizes are powers of two, as Triton's arrays have to be."""
-    from jax.experimental import pallas as pl
-
-    part = math.gcd(dim, 256)
-    return [pl.ds(start, part) for start in range(0, dim, part)]
-
-
-def _block(tokens_ref, i: jax.Array, columns: list) -> tuple[jax.Array, list[jax.Array], tuple]:
-    """Which tokens of block `i` there are, the tokens by parts of their width, and where they stand."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    there, place = i * BLOCK + jnp.arange(BLOCK) < tokens_ref.shape[0], pl.ds(i * BLOCK, BLOCK)
-    read = partial(triton.load, mask=there[:, None], other=0.0)
-    return there, [read(tokens_ref.at[place, c]) for c in columns], (place, slice(None))
-
-
-def _logits(rows: list[jax.Array], tokens: list[jax.Array]) -> jax.Array:
-    from jax.experimental.pallas import triton
-
-    return sum(triton.dot(r, x.T) for r, x in zip(rows, tokens, strict=True))  # [row, token]  # pyright: ignore
-
-
-def _forth(rows_ref, tokens_ref, out_ref, total_ref, *, scale: float) -> None:
-    """Running sums, made smaller whenever a higher logit turns up."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    columns = _columns(rows_ref.shape[1])
-    rows, count = [rows_ref[:, c] for c in columns], rows_ref.shape[0]
-
-    def body(i, carry):
-        highest, total, sums = carry
-        there, tokens, _ = _block(tokens_ref, i, columns)
-        logits = jnp.where(there[None], _logits(rows, tokens) * scale, -jnp.inf)
-        higher = jnp.maximum(highest, logits.max(1))
-        weights, shrink = jnp.exp(logits - higher[:, None]), jnp.exp(highest - higher)
-        total = total * shrink + weights.sum(1)
-        weights = weights.astype(tokens_ref.dtype)
-        pairs = zip(sums, tokens, strict=True)
-        return higher, total, tuple(a * shrink[:, None] + triton.dot(weights, x) for a, x in pairs)
-
-    empty = tuple(jnp.zeros((count, c.size), jnp.float32) for c in columns)
-    start = jnp.full((count,), -jnp.inf, jnp.float32), jnp.zeros((count,), jnp.float32), empty
-    highest, total, sums = jax.lax.fori_loop(0, pl.cdiv(tokens_ref.shape[0], BLOCK), body, start)
-    for c, a in zip(columns, sums, strict=True):
-        out_ref[:, c] = (a / total[:, None]).astype(out_ref.dtype)
-    total_ref[:] = highest + jnp.log(total)
-
-
-def _back(
-    rows_ref, tokens_ref, gradient_ref, total_ref, mean_ref, back_ref, weights_ref, logits_ref, *, scale: float
-) -> None:
-    """Weights are formed again; a row's gradient needs no second pass since `mean` is known."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    columns = _columns(rows_ref.shape[1])
-    rows, gradient = ([ref[:, c] for c in columns] for ref in (rows_ref, gradient_ref))
-    total, mean, dtype = total_ref[:], mean_ref[:], weights_ref.dtype
-
-    def body(i, sums):
-        there, tokens, place = _block(tokens_ref, i, columns)
-        weights = jnp.exp(jnp.where(there[None], _logits(rows, tokens) * scale, -jnp.inf) - total[:, None])
-        logits = (weights * (_logits(gradient, tokens) - mean[:, None]) * scale).astype(dtype)
-        for ref, value in ((weights_ref, weights.astype(dtype)), (logits_ref, logits)):
-            triton.store(ref.at[place], value.T, mask=there[:, None])
-        return tuple(a + triton.dot(logits, x) for a, x in zip(sums, tokens, strict=True))
-
-    empty = tuple(jnp.zeros((rows_ref.shape[0], c.size), jnp.float32) for c in columns)
-    sums = jax.lax.fori_loop(0, pl.cdiv(tokens_ref.shape[0], BLOCK), body, empty)
-    for c, a in zip(columns, sums, strict=True):
-        back_ref[:, c] = a.astype(back_ref.dtype)
