@@ -105,10 +105,8 @@ def test_page_and_maps_come_from_both_processes(shared):
 
 def test_only_process_0_speaks_and_writes(shared):
     assert "image AUROC" in log_of(shared, "evaluate.py")
-    # Gloo's threads speak all at once, so that one's line may begin inside another's.
-    gloo = (
-        r"(\[Gloo\]|Rank|\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+|\d+|\s)*"
-    )
+    # Gloo's threads speak all at once, so that their lines are mixed by pieces of them.
+    gloo = r"(\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d|\s)*"
     assert re.fullmatch(gloo, log_of(shared, "evaluate.py", process=1))
     assert len(list((shared / "tensorboard").iterdir())) == 1
 
