@@ -258,11 +258,14 @@ def step_program(
             return jax.tree.map(jnp.add, total, of_part(*numbered)), None
 
         ((loss, terms), gradients), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
-    updates, opt_state = optimiser(*rates).update(gradients, state.opt_state, state.trainable)
-    trainable = cast(dict[str, Any], optax.apply_updates(state.trainable, updates))
     # Behind the barrier, since squares that Adam needs as well would be written down for both.
     norm = optax.tree.norm(jax.lax.optimization_barrier(gradients))
     metrics = {"loss": loss, **terms, "gradient_norm": norm}
+    updates, opt_state = optimiser(*rates).update(gradients, state.opt_state, state.trainable)
+    trainable = cast(dict[str, Any], optax.apply_updates(state.trainable, updates))
+    # No weight is changed by a gradient that is not finite. And as the new weights wait for the norm of all gradients,
+    # nothing can still want the old ones: otherwise XLA copies those on a CPU, to write the new ones in their place.
+    trainable = jax.tree.map(partial(jnp.where, jnp.isfinite(norm)), trainable, state.trainable)
     after = TrainState(state.step + 1, trainable, opt_state, state.key)
     after = jax.lax.with_sharding_constraint(after, state_shardings(model, rates, layout))
     return after, jax.lax.with_sharding_constraint(metrics, layout.replicated)

@@ -192,9 +192,13 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(few_shot, tmp_
         real = trainer.train_step
 
         def step(state, frozen, batch, **kwargs):
-            if int(state.step) == 8:
-                batch = batch.replace(image_features=batch.image_features * np.float32(np.nan))
-            return real(state, frozen, batch, **kwargs)
+            if int(state.step) != 8:
+                return real(state, frozen, batch, **kwargs)
+            before = jax.tree.map(np.array, state.trainable)
+            batch = batch.replace(image_features=batch.image_features * np.float32(np.nan))
+            state, metrics = real(state, frozen, batch, **kwargs)
+            jax.tree.map(np.testing.assert_array_equal, state.trainable, before)  # not even the weights are lost
+            return state, metrics
 
         patch.setattr(trainer, "train_step", step)
         with pytest.raises(FloatingPointError, match=r"step 9: .*loss is nan.* a batch of brain with .*good/00"):

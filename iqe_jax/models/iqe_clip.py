@@ -287,8 +287,9 @@ class LevelDense(nn.Module):
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1, batch_axis=(0,))
         kernel = parameter(self, "kernel", init, (levels, width, self.dim), (None, "embed", None))
         bias = parameter(self, "bias", nn.initializers.zeros, (levels, self.dim), (None, None))
-        x = jnp.einsum("kblw,kwd->kbld", patch_tokens.astype(self.dtype), kernel.astype(self.dtype))
-        return x + bias[:, None, None].astype(self.dtype)
+        x = patch_tokens.astype(self.dtype).reshape(levels, -1, width)
+        x = x @ kernel.astype(self.dtype) + bias[:, None].astype(self.dtype)
+        return x.reshape(*patch_tokens.shape[:-1], self.dim)
 
 
 def upsampling_matrix(grid: int, side: int) -> Float[np.ndarray, "side grid"]:

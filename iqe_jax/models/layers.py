@@ -78,9 +78,11 @@ def product(a: Float[Array, "... inner"], b: Float[Array, "inner outer"]) -> Flo
     def wide(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
-    if a.dtype == jnp.float32:
-        return a @ b
-    return jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
+    lead = a.shape[:-1]
+    if whole():  # one axis of rows, or the way back contracts over several, for which XLA transposes one side in memory
+        a = a.reshape(-1, a.shape[-1])
+    y = a @ b if a.dtype == jnp.float32 else jax.lax.platform_dependent(a, b, cpu=wide, default=jnp.matmul)
+    return y.reshape(*lead, b.shape[-1])
 
 
 def where_nvidia(form: Callable[..., T], otherwise: Callable[..., T], *arrays: jax.Array) -> T:
