@@ -32,12 +32,12 @@ TOWER_SHARE, INFERENCE_SHARE, MATRIX_SHARE = 0.07, 1.05, 0.8
 TOWER_PEAK, INFERENCE_PEAK, STEP_RATE = 0.5, 0.45, 10
 # Dense bfloat16 FLOP/s of NVIDIA's data sheets (H100 SXM, H200 SXM), by the names that the devices give themselves.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-AT_ONCE = 5  # calls of a turn on a device of its own, as training and evaluation give it one after the other
+AT_ONCE = 5  # calls on a device of its own, as training and evaluation give it one after the other
 PEER_IMAGES = 128  # on a GPU, as PyTorch's textbook head keeps much more for the way back
 
 
 def at_once(device: str) -> int:
-    """Calls of one turn on `--device`."""
+    """Calls made one after the other on `--device` before the last is waited for."""
     return 1 if device == "cpu" else AT_ONCE
 
 
@@ -48,7 +48,7 @@ def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: s
     calls: dict[str, Callable[[], Any]] = {"ours": partial(ours, a)}
     if torch is not None:
         calls["PyTorch"] = peers.product(size, model.config.dtype, peers.device_name(device))
-    for name, times in in_turns(calls, max(report.repeats, 3), at_once(device)).items():
+    for name, times in in_turns(calls, max(report.repeats, 3), at_once(device), report.turn).items():
         row = report.add("matrix product", f"{name}, {size} × {size}", times, flops=2.0 * size**3)
         if name == "ours":
             report.matrix_rate = 2.0 * size**3 / row.median
@@ -161,7 +161,7 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
             calls["head", "PyTorch"] = peer["head"]
         if "training" in wanted:
             calls["training step, kept features", "PyTorch"] = peer["step"]
-    for (section, name), seconds in in_turns(calls, report.repeats, at_once(parts.device)).items():
+    for (section, name), seconds in in_turns(calls, report.repeats, at_once(parts.device), report.turn).items():
         images = parts.peer_images if name == "PyTorch" else parts.batch
         report.add(section, name, seconds, images=images, flops=flops.get((section, name)))
     report.facts["batch"] = parts.batch

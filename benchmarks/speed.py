@@ -21,6 +21,7 @@ from rich.table import Table
 SECTIONS = ("matrix", "tower", "text", "head", "inference", "training", "pixels", "input", "imports", "start")
 Section = Literal["matrix", "tower", "text", "head", "inference", "training", "pixels", "input", "imports", "start"]
 MODEL_SECTIONS = {"tower", "text", "head", "inference", "training"}
+TURN = 6.0  # seconds of a turn on a CPU at full size: about half of the tower's call, several of a training step
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(options: Options) -> Any:
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
     full = options.size == "full"
     wanted: set[str] = set(options.only or SECTIONS)
-    report = Report(options.repeats)
+    report = Report(options.repeats, TURN if full and options.device == "cpu" else 0.0)
     report.facts |= machine(options)
     torch = peers.torch_or_none(options.threads)
     if torch is not None:

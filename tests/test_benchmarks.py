@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import time
 from types import SimpleNamespace
 
 import jax
@@ -109,6 +110,12 @@ def test_a_turn_of_several_calls_is_the_time_of_one():
     calls = []
     (times,) = in_turns({"": lambda: calls.append(0) or Pending()}, 2, at_once=5).values()
     assert len(calls) == 1 + 2 * 5 and len(waited) == 1 + 2 and len(times) == 2
+
+
+def test_a_turn_takes_its_time():
+    calls = []
+    (times,) = in_turns({"": lambda: time.sleep(0.01) or calls.append(0)}, 2, turn=0.05).values()
+    assert 1 + 2 * 2 <= len(calls) <= 1 + 2 * 5 and len(times) == 2 and min(times) >= 0.01
 
 
 def trace(*events):
