@@ -197,7 +197,7 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(few_shot, tmp_
             before = jax.tree.map(np.array, state.trainable)
             batch = batch.replace(image_features=batch.image_features * np.float32(np.nan))
             state, metrics = real(state, frozen, batch, **kwargs)
-            jax.tree.map(np.testing.assert_array_equal, state.trainable, before)  # not even the weights are lost
+            jax.tree.map(np.testing.assert_array_equal, state.trainable, before)
             return state, metrics
 
         patch.setattr(trainer, "train_step", step)

@@ -64,7 +64,6 @@ def _block(tokens_ref, i: jax.Array, columns: list) -> tuple[jax.Array, list[jax
 
 
 def _logits(rows: list[jax.Array], tokens: list[jax.Array]) -> jax.Array:
-
     return sum(triton.dot(r, x.T) for r, x in zip(rows, tokens, strict=True))  # [row, token]  # pyright: ignore
 
 
