@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from iqe_jax.config import ModelConfig
 from iqe_jax.models.clip import ClipConfig, Templates, TextTower, VisionTower
 from iqe_jax.models.iqm import Iqm, reads
-from iqe_jax.models.layers import l2_normalise, parameter, split
+from iqe_jax.models.layers import l2_normalise, parameter, product, split
 from iqe_jax.models.prompts import PromptTokens
 from iqe_jax.models.shared import Shared
 
@@ -287,9 +287,8 @@ class LevelDense(nn.Module):
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1, batch_axis=(0,))
         kernel = parameter(self, "kernel", init, (levels, width, self.dim), (None, "embed", None))
         bias = parameter(self, "bias", nn.initializers.zeros, (levels, self.dim), (None, None))
-        x = patch_tokens.astype(self.dtype).reshape(levels, -1, width)
-        x = x @ kernel.astype(self.dtype) + bias[:, None].astype(self.dtype)
-        return x.reshape(*patch_tokens.shape[:-1], self.dim)
+        x = jax.vmap(product)(patch_tokens.astype(self.dtype), kernel.astype(self.dtype))
+        return x + bias[:, None, None].astype(self.dtype)
 
 
 def upsampling_matrix(grid: int, side: int) -> Float[np.ndarray, "side grid"]:
