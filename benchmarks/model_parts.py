@@ -44,7 +44,7 @@ def at_once(device: str) -> int:
 def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: str) -> None:
     """The rate of one large matrix product, which fractions are of; and PyTorch's."""
     a = jax.random.normal(jax.random.key(0), (size, size), model.dtype)
-    ours = jax.jit(lambda a: product(a, a))
+    ours = jax.jit(lambda a: product(a, a), compiler_options=TOWER_OPTIONS)  # as the tower multiplies
     calls: dict[str, Callable[[], Any]] = {"ours": partial(ours, a)}
     if torch is not None:
         calls["PyTorch"] = peers.product(size, model.config.dtype, peers.device_name(device))

@@ -479,3 +479,21 @@ def test_products_of_bfloat16_are_summed_in_float32():
     np.testing.assert_allclose(
         np.asarray(gradient, np.float64)[0], np.asarray(b, np.float64).sum(1), rtol=0.02, atol=0.1
     )
+
+
+@pytest.mark.parametrize(("rows", "outer"), [(256, 4096), (1024, 1024), (1023, 1024)])
+def test_products_that_a_cpu_makes_with_rows_apart(rows, outer):
+    a, b, levels = (jax.random.normal(jax.random.key(0), shape) for shape in ((1, rows, 8), (8, outer), (2, 1, 1)))
+    exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    lowered = jax.jit(product).lower(a, b).as_text()
+    assert (f"x{outer + 16}xf32" in lowered) == (rows * outer >= 2**20)
+    np.testing.assert_allclose(product(a, b), exact, atol=1e-4)
+
+    def gradients(product):
+        total = jax.grad(lambda a, b: jnp.square(product(a, b)).sum(), (0, 1))
+        return total(a, b), jax.vmap(total)(levels * a, levels * b)  # levels multiply each by a kernel of their own
+
+    for found, expected in zip(
+        jax.tree.leaves(gradients(product)), jax.tree.leaves(gradients(jnp.matmul)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-2)
