@@ -91,7 +91,7 @@ def product(a: Float[Array, "... inner"], b: Float[Array, "inner outer"]) -> Flo
 def _cpu_product(a: jax.Array, b: jax.Array, *, apart: bool) -> jax.Array:
     """`a @ b`; `apart` keeps rows of the result from lying a multiple of 4 KB apart, at the price of a copy of `b`.
 
-    Such rows share the few places that a cache has for them, which takes from Eigen up to half its speed.
+    Such rows share the few places that a cache has for them, which takes much of its speed from Eigen.
     """
     # Padded with something of `a`, so not before that is there: XLA would pad the kernels of all layers first, and keep
     # them. What comes of the padding is cut off.
