@@ -93,13 +93,14 @@ def _cpu_product(a: jax.Array, b: jax.Array, *, apart: bool) -> jax.Array:
 
     Such rows share the few places that a cache has for them, which takes much of its speed from Eigen.
     """
-    # Padded with something of `a`, so not before that is there: XLA would pad the kernels of all layers first, and keep
-    # them. What comes of the padding is cut off.
-    padding = jax.lax.stop_gradient(a[0, 0])
-    padded = jax.lax.pad(b, padding, ((0, 0, 0), (0, 16, 0))) if apart else b
+    outer = b.shape[1]
+    if apart:
+        # Padded with something of `a`, so not before that is there: XLA would pad the kernels of all layers first, and
+        # keep them. What comes of the padding is cut off.
+        b = jax.lax.pad(b, jax.lax.stop_gradient(a[0, 0]), ((0, 0, 0), (0, 16, 0)))
     # XLA has a CPU's own instructions for bfloat16 only where the result is float32, so it is there first.
-    y = jnp.matmul(a, padded, preferred_element_type=jnp.float32)
-    return y[..., : b.shape[1]].astype(a.dtype)
+    y = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return y[..., :outer].astype(a.dtype)
 
 
 def where_nvidia(form: Callable[..., T], otherwise: Callable[..., T], *arrays: jax.Array) -> T:
