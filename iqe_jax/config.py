@@ -133,8 +133,9 @@ class TrainConfig:
 class EvalConfig:
     """How the test set is scored."""
 
-    batch_size: int = 16
-    """Images per step; changes speed, never results."""
+    batch_size: int | None = None
+    """Images, on all devices together, that the image tower and the scoring take at once; changes speed, never results.
+    None given: as many as the memory of a GPU or TPU suggests, and 16 on CPUs."""
     protocols: tuple[Rule, ...] = ()
     """Rules of keeping weights to show side by side with `train.keep`, each by the weights it keeps; the run has to be
     trained with them. paper is marked wherever shown."""
@@ -244,11 +245,12 @@ def check(config: Config) -> None:
         "train.accumulate": train.accumulate,
         "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
-        "eval.batch_size": config.eval.batch_size,
         "eval.seeds": config.eval.seeds,
     }
     if train.steps is not None:
         positive["train.steps"] = train.steps
+    if config.eval.batch_size is not None:
+        positive["eval.batch_size"] = config.eval.batch_size
     if model.prompt_depth is not None:
         positive["model.prompt_depth"] = model.prompt_depth
     not_negative = {

@@ -134,9 +134,9 @@ def _score(
     **options: Any,
 ) -> dict[str, Evaluation]:
     """`evaluate_each` on image files, with progress; `options` are its own."""
-    size, zero_shot = config.eval.batch_size, config.zero_shot
+    size, zero_shot = features.at_once(trained.model, config, layout), config.zero_shot
     batches = features.stream(trained.model, trained.frozen, samples, size, config.data, layout)
-    batches = track(batches, title, total=-(-len(samples) // layout.padded(size)))
+    batches = track(batches, title, total=-(-len(samples) // size))
     return evaluate_each(
         trained.model, adapters, trained.frozen, batches, zero_shot=zero_shot, layout=layout, **options
     )

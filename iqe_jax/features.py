@@ -95,10 +95,7 @@ def stream(
     data: DataConfig,
     layout: Layout,
 ) -> Iterator[Batch]:
-    """Laid-out batches of images in order, their features computed on the way and not kept.
-
-    Every process decodes only the rows that its devices hold.
-    """
+    """Laid-out batches of images in order, features computed on the way; a process decodes its devices' rows alone."""
     size = layout.padded(batch_size)
     starts = range(0, len(samples), size)
     local = [_at(samples, start + row) for start in starts for row in layout.rows(size)]
@@ -149,7 +146,7 @@ def of_arrays(
     layout: Layout,
 ) -> FeatureSet:
     """Features of images already in memory, kept in memory of every process; masks are binarised at > 0.5."""
-    size, dtype = layout.padded(config.train.batch_size), kept_dtype(config)
+    size, dtype = at_once(model, config, layout), kept_dtype(config)
     found: list[Any] = []
     for start in track(range(0, len(images), size), "Image tower"):
         batch = images[start : start + size]
@@ -160,6 +157,11 @@ def of_arrays(
     patch_tokens, image_features = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
     binary = None if masks is None else (masks > 0.5).astype(np.uint8)
     return FeatureSet(patch_tokens, image_features, binary, labels.astype(np.float32))
+
+
+def at_once(model: IqeClip, config: Config, layout: Layout) -> int:
+    """Images that the tower and the scoring take at once, on all devices; see `Layout.at_once`."""
+    return layout.at_once(config.eval.batch_size, model.bytes_at_work)
 
 
 def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> int:
@@ -198,9 +200,9 @@ def of_samples(
     if where == "disk":
         return _on_disk(model, frozen, samples, config, layout, needed, title, check, labels)
 
-    size = config.train.batch_size
+    size = at_once(model, config, layout)
     batches = stream(model, frozen, samples, size, config.data, layout)
-    total = -(-len(samples) // layout.padded(size))
+    total = -(-len(samples) // size)
     found = []
     for batch in track(batches, f"Image tower, {title}", total=total):
         check()
@@ -284,7 +286,7 @@ def _fill(
     groups = reader_groups(layout)
     own = next(i for i, group in enumerate(groups) if jax.process_index() in group)
     writes = groups[own][0] == jax.process_index()
-    size = layout.padded(config.train.batch_size)
+    size = at_once(model, config, layout)
     rows = len(layout.rows(size))
 
     def images_of(shard: Path) -> Sequence[Sample]:

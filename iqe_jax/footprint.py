@@ -18,7 +18,7 @@ from rich.table import Table
 
 from iqe_jax.config import Config
 from iqe_jax.evaluator import evaluation_step
-from iqe_jax.features import kept_dtype, run_tower
+from iqe_jax.features import at_once, kept_dtype, run_tower
 from iqe_jax.models.iqe_clip import IqeClip
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import batch_shapes, rows_of_step, state_shapes, state_shardings, step_program, step_settings
@@ -102,7 +102,7 @@ def evaluation_footprints(
     model: IqeClip, config: Config, layout: Layout, *, masks: bool = True
 ) -> tuple[Footprint, Footprint]:
     """The two programs of an evaluation: the image tower and the scoring of one batch of its features."""
-    size = layout.padded(config.eval.batch_size)
+    size = at_once(model, config, layout)
     side = model.config.image_size
     train = config.train
     rates = (train.learning_rate, train.temperature_learning_rate)

@@ -129,6 +129,11 @@ def everywhere(flags: np.ndarray) -> np.ndarray:
     return np.asarray(_allgather(flags).all(0))
 
 
+def least(number: int) -> int:
+    """The smallest `number` that a process has."""
+    return int(_allgather(np.array([number], np.int64)).min())
+
+
 def _allgather(x: np.ndarray) -> np.ndarray:
     """`x` of every process, stacked."""
     if jax.process_count() == 1:

@@ -19,11 +19,14 @@ from flax.linen import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from iqe_jax import processes
 from iqe_jax.config import MeshConfig
 
 T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
+ON_CPUS = 16  # images at once: more are no quicker there
+ON_A_DEVICE = 64  # images at once, at most, on a GPU or TPU: more would only wait longer for their files
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ class Layout:
     def padded(self, batch_size: int) -> int:
         """The smallest batch from `batch_size` images up that splits evenly; what is added has weight 0."""
         return -(-batch_size // self.batch_shards) * self.batch_shards
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes that the smallest device has for arrays; 0 where they do not say, as CPUs. All processes must ask."""
+        said = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in self.mesh.local_devices]
+        return processes.least(min(said, default=0))
+
+    def at_once(self, asked: int | None, bytes_each: int) -> int:
+        """How many images to run at once without gradients, padded: `asked`, or as many as memory suggests.
+
+        That is a power of two on each device, of images that take `bytes_each` there, in a quarter of its memory: the
+        rest is for weights, and for batches that wait. All processes must ask, and get the same.
+        """
+        if asked is not None or not self.memory:
+            return self.padded(asked or ON_CPUS)
+        fit = max(1, min(self.memory // 4 // bytes_each, ON_A_DEVICE))
+        return self.batch_shards << (fit.bit_length() - 1)
 
     def rows(self, batch_size: int) -> Int[np.ndarray, " rows"]:
         """The rows, in order, of a batch of `batch_size` that devices of this process hold."""

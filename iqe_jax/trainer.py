@@ -184,7 +184,7 @@ class Trainer:
 
     def _choose(self, state: TrainState, rule: str, images: FeatureSet, log: "_Log") -> None:
         """Keep the present weights by `rule` if they beat those it keeps by image plus pixel AUROC."""
-        batches = images.batches(self.config.eval.batch_size, self.layout)
+        batches = images.batches(features.at_once(self.model, self.config, self.layout), self.layout)
         zero_shot = self.config.zero_shot
         metrics = evaluate(
             self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot, layout=self.layout

@@ -89,6 +89,7 @@ def test_help_explains_every_field(capsys):
         (("--config", "brian_fewshot"), "there is no such recipe in configs/; there are brain_fewshot"),
         (("--config", "brain_fewshot", "--model.sigma", "-1"), "model.sigma is -1.0; it must be 0 or more"),
         (("--config", "brain_fewshot", "--train.batch-size", "0"), "train.batch_size is 0; it must be above 0"),
+        (("--config", "brain_fewshot", "--eval.batch-size", "0"), "eval.batch_size is 0; it must be above 0"),
         (("--config", "brain_fewshot", "--train.learning-rate", "nan"), "train.learning_rate is nan"),
         (("--config", "brain_fewshot", "--model.levels", "3", "3"), "must list different blocks"),
         (("--config", "brain_fewshot", "--train.dropout", "1"), "must be in \\[0, 1\\)"),

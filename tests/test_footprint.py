@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import math
@@ -99,6 +100,20 @@ def test_footprint_on_one_device():
     text = console.export_text()
     for words in ("frozen parameters", "optimiser", "Kept features: 1.00 GB, in memory", "of 16.00 GB", "scoring"):
         assert words in text
+
+
+def test_what_an_image_takes_is_about_what_the_compiler_says():
+    config = load("phantom_fewshot")
+    model = describe(config.model)
+    layout = make_layout(config.mesh, jax.devices()[:1])
+    few, more = (
+        evaluation_footprints(
+            model, dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=size)), layout
+        )
+        for size in (4, 12)
+    )
+    each = sum(b.needed - a.needed for a, b in zip(few, more, strict=True)) / 8
+    assert model.bytes_at_work / 4 < each < model.bytes_at_work
 
 
 EIGHT = """

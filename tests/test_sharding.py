@@ -46,6 +46,18 @@ def test_padding_accumulation_and_rematerialisation_change_no_loss(found, case):
     assert found[case]["steps"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("memory", "asked", "size"),
+    [(0, None, 16), (16e9, None, 64), (3e9, None, 8), (1e8, None, 1), (16e9, 5, 5), (0, 5, 5)],
+    ids=["cpu", "large", "small", "tiny", "asked", "asked on a cpu"],
+)
+def test_images_at_once_follow_the_memory(memory, asked, size):
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    assert layout.memory == 0  # a CPU does not say
+    vars(layout)["memory"] = int(memory)
+    assert layout.at_once(asked, 50_000_000) == size
+
+
 def without_single(split, mesh):
     """A split without the axes that have one device, which XLA leaves out of some names and not of others."""
     kept = [[name for name in axes.split(" × ") if mesh.get(name, 1) > 1] or ["-"] for axes in split.split(" | ")]

@@ -383,7 +383,7 @@ def _full(*_):
 
 def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_root, monkeypatch):
     model, frozen, _ = golden_model
-    recipe = dataclasses.replace(few_shot, model=model.config, train=dataclasses.replace(few_shot.train, batch_size=3))
+    recipe = dataclasses.replace(few_shot, model=model.config, eval=dataclasses.replace(few_shot.eval, batch_size=3))
     samples = load_split(tiny_root, "liver", "test")
     monkeypatch.setattr(features, "SHARD", 6)
     whole = features.of_samples(model, frozen, samples, recipe, LAYOUT, title="liver", budget=1e12)
@@ -406,7 +406,7 @@ def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_roo
 
 def test_a_full_disk_is_found_out_before_any_work(few_shot, golden_model, tiny_root, monkeypatch):
     model, frozen, _ = golden_model
-    recipe = dataclasses.replace(few_shot, model=model.config, train=dataclasses.replace(few_shot.train, batch_size=5))
+    recipe = dataclasses.replace(few_shot, model=model.config)
     usage = features.shutil.disk_usage(tiny_root)._replace(free=1000)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
     samples = load_split(tiny_root, "chest", "test")

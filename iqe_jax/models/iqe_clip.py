@@ -94,6 +94,16 @@ class IqeClip:
         return self.config.image_size // self.clip.patch_size
 
     @property
+    def bytes_at_work(self) -> int:
+        """Bytes of memory, roughly, that an image takes on its way through the tower and the scoring."""
+        clip, config, tokens, size = self.clip, self.config, self.grid**2 + 1, self.dtype.itemsize
+        tower = 24 * tokens * clip.vision_width * size  # residual sums, norms, projections, an MLP, copies of them
+        attention = clip.vision_heads * tokens**2 * (4 + size)
+        kept = len(config.levels) * tokens * (clip.vision_width + clip.embed_dim) * size
+        maps = config.image_size**2 * 4 * (6 * len(config.levels) + 8)
+        return tower + attention + kept + maps
+
+    @property
     def dtype(self) -> jnp.dtype:
         """The compute type."""
         return jnp.dtype(self.config.dtype)
