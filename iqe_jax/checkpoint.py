@@ -34,6 +34,7 @@ FREE = {
     "train.checkpoint_every",
     "train.features",
     "train.feature_memory_gb",
+    "train.feature_disk_gb",
     "train.accumulate",
     "train.remat",
 }

@@ -123,6 +123,8 @@ class TrainConfig:
     """Type of the kept features; bfloat16 halves their size. A model that computes in bfloat16 keeps them so."""
     feature_memory_gb: float = 8.0
     """Largest size in GB of zero-shot's features kept in memory under `features` auto."""
+    feature_disk_gb: float = 10.0
+    """Largest size in GB of few-shot's features kept for later runs; those that were read longest ago make room."""
     accumulate: int = 1
     """Parts that a batch is worked off in, one after the other, adding up their gradients: less memory, same step."""
     remat: bool = False
@@ -260,6 +262,8 @@ def check(config: Config) -> None:
         "data.workers": data.workers,
         "data.support_row": data.support_row,
         "train.temperature_learning_rate": train.temperature_learning_rate,
+        "train.feature_memory_gb": train.feature_memory_gb,
+        "train.feature_disk_gb": train.feature_disk_gb,
         "train.dropout_epochs": train.dropout_epochs,
         "train.seed": train.seed,
         "eval.heatmaps": config.eval.heatmaps,

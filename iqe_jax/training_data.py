@@ -3,7 +3,9 @@
 Brings together samples (data/), frozen features (features.py) and the order of batches; the loop is in trainer.py.
 """
 
+import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,8 +139,8 @@ def _support_features(
 ) -> FeatureSet:
     """Features of the augmented support, in memory; read from the cache where an earlier run has left them there.
 
-    With `train.features` memory nothing is read or left. A cache that cannot be written to costs the next run the same
-    work, not this one its features.
+    With `train.features` memory nothing is read or left. Others of few-shot runs make room in the cache, but one that
+    cannot be written to costs the next run the same work, not this one its features.
     """
     if config.train.features == "memory":
         return _augmented_features(config, support, model, frozen, layout)
@@ -155,10 +157,29 @@ def _support_features(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
-            features.write(folder, arrays)
+            if _room(folder.parent, sum(array.nbytes for array in arrays.values()), config.train.feature_disk_gb):
+                features.write(folder, arrays)
         except OSError as error:
             console.print(f"The features are not kept for the next run: {error}", markup=False)
     return found
+
+
+def _room(root: Path, needed: int, limit: float) -> bool:
+    """Whether `needed` bytes fit in `limit` GB, those kept by few-shot runs being removed as far as it takes.
+
+    Such a run reads them whole, so none can still need what is removed. Zero-shot's, in shards, are left alone.
+    """
+    if needed > limit * 1e9:
+        return False
+    read_last = sorted(root.glob("*/labels.npy"), key=lambda labels: labels.stat().st_mtime)
+    sizes = {labels.parent: sum(path.stat().st_size for path in labels.parent.iterdir()) for labels in read_last}
+    total = needed + sum(sizes.values())
+    for folder, size in sizes.items():
+        if total <= limit * 1e9:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        total -= size
+    return True
 
 
 def _augmented_features(
@@ -177,10 +198,12 @@ def _read(folder: Path, config: Config, *, masks: bool) -> FeatureSet | None:
     try:
         arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
         tokens = arrays.pop("patch_tokens").view(features.kept_dtype(config))
-        found = arrays["masks"] if masks else None
-        return FeatureSet(tokens, arrays["image_features"], found, arrays["labels"])
+        found = FeatureSet(tokens, arrays["image_features"], arrays["masks"] if masks else None, arrays["labels"])
     except (OSError, ValueError, EOFError, KeyError):
         return None
+    with contextlib.suppress(OSError):  # of a cache that can only be read
+        os.utime(folder / "labels.npy")  # was read now, says its time: see `_room`
+    return found
 
 
 def batch_at(

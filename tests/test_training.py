@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+import time
 
 import jax
 import numpy as np
@@ -375,6 +377,31 @@ def test_a_few_shot_run_takes_the_features_that_one_before_it_kept(few_shot, tmp
     assert towers("full disk") == every
     assert "not kept for the next run: no room" in capsys.readouterr().err
     assert list((tmp_path / "cache" / "features").iterdir()) == [folder]
+
+
+def test_kept_few_shot_features_make_room_for_new_ones(few_shot, tmp_path, monkeypatch):
+    root = tmp_path / "cache" / "features"
+    monkeypatch.setenv("IQE_JAX_CACHE", str(tmp_path / "cache"))
+    (root / "zero-shot" / "00000").mkdir(parents=True)
+    (root / "zero-shot" / "00000" / "patch_tokens.npy").write_bytes(bytes(10_000_000))
+
+    def kept(name, **settings):
+        """The few-shot folders that are there after a run of one step."""
+        experiment.run_training(at(few_shot, tmp_path / name, steps=1, **settings))
+        folders = {labels.parent for labels in root.glob("*/labels.npy")}
+        assert (root / "zero-shot" / "00000" / "patch_tokens.npy").exists()
+        return folders
+
+    assert kept("none", seed=0, feature_disk_gb=0.0) == set()
+    (first,) = kept("first", seed=0)
+    size = sum(path.stat().st_size for path in first.iterdir())
+    (second,) = kept("second", seed=1) - {first}
+    for folder, age in ((first, 200), (second, 100)):
+        os.utime(folder / "labels.npy", (time.time() - age,) * 2)
+    kept("first again", seed=0)  # reads it, so the second is now the one that was read longest ago
+    third = kept("third", seed=2, feature_disk_gb=2.5 * size / 1e9) - {first}
+    assert len(third) == 1 and second not in third and first.exists()
+    assert kept("too large", seed=3, feature_disk_gb=0.5 * size / 1e9) == {first, *third}
 
 
 def _full(*_):
