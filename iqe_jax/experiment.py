@@ -95,19 +95,17 @@ def dry_run(config: Config) -> None:
         model = describe(config.model)
     console.print("Compiling, which for a full-size model takes minutes")
     programs = [train_footprint(model, config, layout), *evaluation_footprints(model, config, layout)]
-    if config.zero_shot:
-        sizes = [features.size_in_bytes(model, samples, config) for samples in plan.training.values()]
-        held = config.train.features == "memory" or sum(sizes) <= config.train.feature_memory_gb * 1e9
-        where = "in the memory of each process" if held else "on disk, as far as --train.feature-memory-gb is passed"
-    else:
-        samples = [sample for own in plan.training.values() for sample in own]
-        sizes = [features.size_in_bytes(model, samples * AUGMENTATIONS, config)]
-        where = "in the memory of each process"
-        if config.train.features != "memory":
-            where += ", and once on disk for the next run"
+    repeated = 1 if config.zero_shot else AUGMENTATIONS
+    each = [features.size_in_bytes(model, samples * repeated, config) for samples in plan.training.values()]
+    size, kept = sum(each), config.train.features
+    where = f"in the memory of each process{' and each device' if size <= layout.memory // 4 else ''}"
+    if not config.zero_shot and kept != "memory":
+        where += ", and once on disk for the next run"
+    elif config.zero_shot and kept != "memory" and size > config.train.feature_memory_gb * 1e9:
+        where = "on disk, as far as --train.feature-memory-gb is passed"
     if processes.is_main():
         title = f"{config.name} on {layout.mesh.size} devices, {dict(layout.mesh.shape)}"
-        Console().print(footprint_table(title, programs, features=(where, sum(sizes))))
+        Console().print(footprint_table(title, programs, features=(where, size)))
 
 
 def render(config: Config) -> None:

@@ -169,8 +169,11 @@ class Trainer:
         return state
 
     def _batches(self, sets: list[FeatureSet], start: int) -> Iterator[tuple[int, Batch]]:
-        """The steps from `start` on with their batches, gathered in threads ahead of their use."""
+        """The steps from `start` on with their batches: taken on the devices, or gathered in threads ahead of use."""
         size = rows_of_step(self.config.train, self.layout)
+        kept = training_data.on_devices(sets, self.layout)
+        if kept is not None:
+            return training_data.batches_of(kept, self.order, start, self.total, self.layout, size)
         local = training_data.batches_ahead(sets, self.order, start, self.total, self.layout.rows(size))
         return ((step, batch.placed(self.layout, size)) for step, batch in local)
 

@@ -10,16 +10,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from iqe_jax import features, processes
 from iqe_jax.cache import cache_dir
 from iqe_jax.config import Config
 from iqe_jax.data import phantoms
 from iqe_jax.data.bmad import Sample, load_split
-from iqe_jax.data.pipeline import FewShotBatches, LeaveOneOutBatches, image_batches
+from iqe_jax.data.pipeline import FewShotBatches, IndexBatch, LeaveOneOutBatches, image_batches
 from iqe_jax.data.supports import draw_support, held_out, read_support
 from iqe_jax.data.transforms import AUGMENTATIONS, augment
 from iqe_jax.features import Check, FeatureSet
@@ -213,11 +216,17 @@ def batch_at(
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> Batch:
     """The batch that optimiser step `step` (from 0) trains on, or `rows` of it; rows past its end have weight 0."""
+    chosen = _chosen(order, step, rows)
+    return sets[chosen.set_index].batch(chosen.indices, chosen.weight)
+
+
+def _chosen(order: FewShotBatches | LeaveOneOutBatches, step: int, rows: Int[np.ndarray, " rows"] | None) -> IndexBatch:
+    """What `rows` of the batch of step `step` are; those past its end are its first image, with weight 0."""
     chosen = order[step]
     rows = np.arange(len(chosen.indices)) if rows is None else rows
     there = rows < len(chosen.indices)
     rows = np.where(there, rows, 0)
-    return sets[chosen.set_index].batch(chosen.indices[rows], chosen.weight[rows] * there.astype(np.float32))
+    return IndexBatch(chosen.set_index, chosen.indices[rows], chosen.weight[rows] * there.astype(np.float32))
 
 
 def batches_ahead(
@@ -233,3 +242,40 @@ def batches_ahead(
     steps = grain.MapDataset.range(start, total).map(int)
     batches = steps.map(lambda step: (step, batch_at(sets, order, step, rows)))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def on_devices(sets: Sequence[FeatureSet], layout: Layout) -> list[Batch] | None:
+    """All features of each set on every device, where they fit in a quarter of its memory; None where they do not.
+
+    Nor on CPUs, which have no other memory than the host's. All processes must ask, and get the same.
+    """
+    arrays: list[dict[str, Any]] = [{name: x for name, x in vars(kept).items() if x is not None} for kept in sets]
+    if not all(isinstance(x, np.ndarray) for own in arrays for x in own.values()):
+        return None
+    if sum(x.nbytes for own in arrays for x in own.values()) > layout.memory // 4:
+        return None
+    placed = []
+    for own in arrays:
+        own |= {"patch_tokens": np.moveaxis(own["patch_tokens"], 1, 0), "weight": np.ones_like(own["labels"])}
+        own = layout.put(own, dict.fromkeys(own, layout.replicated))
+        rest = own["labels"], own["weight"]
+        placed.append(Batch(own["patch_tokens"], own["image_features"], own.get("masks"), *rest))
+    return placed
+
+
+def batches_of(
+    kept: Sequence[Batch], order: FewShotBatches | LeaveOneOutBatches, start: int, total: int, layout: Layout, size: int
+) -> Iterator[tuple[int, Batch]]:
+    """Steps `start` … `total` with their batches of `size`, taken on the devices from what `on_devices` gave."""
+    # By name, as XLA names where an array lies in its own way, and the step was compiled for ours.
+    take = [jax.jit(_taken, out_shardings=own.map(lambda _, axis: layout.batch_at(axis))) for own in kept]
+    for step in range(start, total):
+        chosen = _chosen(order, step, layout.rows(size))
+        rows = layout.place((chosen.indices, chosen.weight), size)
+        yield step, take[chosen.set_index](kept[chosen.set_index], *rows)
+
+
+def _taken(kept: Batch, indices: Int[jax.Array, " batch"], weight: Float[jax.Array, " batch"]) -> Batch:
+    batch: Any = kept.map(lambda x, axis: jnp.take(jnp.asarray(x), indices, axis, mode="clip"))
+    masks = None if batch.masks is None else batch.masks.astype(jnp.float32)
+    return batch.replace(masks=masks, weight=weight)

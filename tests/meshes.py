@@ -13,9 +13,10 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from iqe_jax import pixel_metrics
+from iqe_jax import pixel_metrics, training_data
 from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
-from iqe_jax.features import run_tower
+from iqe_jax.data.pipeline import FewShotBatches
+from iqe_jax.features import FeatureSet, run_tower
 from iqe_jax.models.clip import ClipConfig, Templates
 from iqe_jax.models.iqe_clip import IqeClip
 from iqe_jax.sharding import Layout, make_layout
@@ -96,6 +97,20 @@ class Run:
         return np.array(losses)
 
 
+def taken_and_gathered(layout: Layout) -> list[list[Batch]]:
+    """The batches of three steps, 12 images each, the last with 2: taken on the devices, and gathered on the host."""
+    whole = host_batch(26, 26)
+    tokens = np.moveaxis(np.asarray(whole.patch_tokens), 0, 1)
+    sets = [FeatureSet(tokens, whole.image_features, whole.masks.astype(np.uint8), whole.labels)]  # pyright: ignore
+    order, size = FewShotBatches(26, 12, seed=0), layout.padded(12)
+    vars(layout)["memory"] = 10**9  # CPUs do not say
+    kept = training_data.on_devices(sets, layout)
+    assert kept is not None
+    taken = training_data.batches_of(kept, order, 0, 3, layout, size)
+    gathered = training_data.batches_ahead(sets, order, 0, 3, layout.rows(size))
+    return [[batch for _, batch in taken], [batch.placed(layout, size) for _, batch in gathered]]
+
+
 def pixel_figures(layout: Layout | None):
     """Metrics over the pixels of 16 images, the last three of which are padding."""
     draw = np.random.default_rng(0)
@@ -147,6 +162,9 @@ def main(path: Path) -> None:
         found[name] = {"loss": abs(float(a) - float(loss)), "gradients": far(b, gradients), "steps": far(c, losses)}
         found[name]["pixels"] = far(pixel_figures(run.layout), pixel_figures(None))
         found[name] |= {"places": places, "mesh": dict(run.layout.mesh.shape)}
+        taken, gathered = taken_and_gathered(make_layout(mesh))
+        found[name]["taken"] = max(map(far, taken, gathered))
+        found[name]["taken where"] = [specs(batch) for batch in taken] == [specs(batch) for batch in gathered]
     # 26 images, and the 13 of each half, are padded to whole rows on 8 devices, and not on one. Dropout draws by row
     # and by part: none here.
     plain = Run(single, frozen, dropout=0.0, images=26).five_steps()

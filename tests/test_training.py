@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate as evaluate_script
 import iqe_jax
 import train as train_script
-from iqe_jax import config, evaluation, experiment, features, train_state, trainer
+from iqe_jax import config, evaluation, experiment, features, sharding, train_state, trainer, training_data
 from iqe_jax.checkpoint import Checkpoints, RunDirectory
 from iqe_jax.data.bmad import load_split
 from iqe_jax.metrics import IMAGE_METRICS
@@ -377,6 +377,26 @@ def test_a_few_shot_run_takes_the_features_that_one_before_it_kept(few_shot, tmp
     assert towers("full disk") == every
     assert "not kept for the next run: no room" in capsys.readouterr().err
     assert list((tmp_path / "cache" / "features").iterdir()) == [folder]
+
+
+def test_features_on_the_devices_train_the_same(few_shot, zero_shot, tmp_path, monkeypatch):
+    """As on a GPU or TPU with room for them; a CPU's are gathered on the host."""
+    here, gathered = dataclasses.replace(few_shot.eval, batch_size=16), []
+    real = training_data.batches_ahead
+    monkeypatch.setattr(training_data, "batches_ahead", lambda *args: gathered.append(1) or real(*args))
+    for recipe in (few_shot, zero_shot):
+        recipe = dataclasses.replace(recipe, eval=here)
+        experiment.run_training(at(recipe, tmp_path / "host" / recipe.name, steps=5))
+        assert gathered.pop()
+        with monkeypatch.context() as patch:
+            patch.setattr(sharding.Layout, "memory", 10**9)
+            experiment.run_training(at(recipe, tmp_path / "device" / recipe.name, steps=5))
+            assert not gathered
+            patch.setattr(sharding.Layout, "memory", 10**6)  # too small for them
+            experiment.run_training(at(recipe, tmp_path / "small" / recipe.name, steps=5))
+            assert gathered.pop()
+        for where in ("device", "small"):
+            assert losses(tmp_path / where / recipe.name) == losses(tmp_path / "host" / recipe.name)
 
 
 def test_kept_few_shot_features_make_room_for_new_ones(few_shot, tmp_path, monkeypatch):
