@@ -130,8 +130,9 @@ def everywhere(flags: np.ndarray) -> np.ndarray:
 
 
 def least(number: int) -> int:
-    """The smallest `number` that a process has."""
-    return int(_allgather(np.array([number], np.int64)).min())
+    """The smallest `number` that a process has, each of up to 64 bits."""
+    said = _allgather(np.array([number], np.int64).view(np.uint8))  # bytes: JAX would make 32 bits of 64
+    return int(said.view(np.int64).min())
 
 
 def _allgather(x: np.ndarray) -> np.ndarray:

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iqe_jax import processes
 from iqe_jax.config import MeshConfig, RuleConfig
 from iqe_jax.sharding import make_layout
 
@@ -61,6 +63,13 @@ def test_images_at_once_follow_the_memory(memory, asked, size):
     assert layout.memory == 0  # a CPU does not say
     vars(layout)["memory"] = int(memory)
     assert layout.at_once(asked, 50_000_000) == size
+
+
+def test_the_least_number_of_all_processes_may_be_large(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gather = processes.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda x, tiled: np.asarray(jnp.concatenate([x, x])))
+    assert processes.least(60_000_000_000) == 60_000_000_000
 
 
 def without_single(split, mesh):
