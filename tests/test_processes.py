@@ -16,9 +16,9 @@ import pytest
 from iqe_jax.data.phantoms import CLIP_DIR
 
 ROOT = Path(__file__).parents[1]
-# The phantoms' recipe at a size at which starting up is all that takes time; 44 images, 3 steps an epoch, 12 in all.
+# The phantoms' recipe at a size at which starting up is all that takes time; 44 images, 3 steps an epoch, 15 in all.
 SMALL = ["--config", "phantom_fewshot", "--model.iqm-layers", "1", "--model.image-size", "48", "--data.shots", "2"]
-SMALL += ["--train.epochs", "4", "--train.checkpoint-every", "1", "--eval.batch-size", "32"]
+SMALL += ["--train.epochs", "5", "--train.checkpoint-every", "1", "--eval.batch-size", "32"]
 
 
 def start(script, run_dir, *more, devices=1, process=None, port=0, of=2, folder=None):
@@ -144,7 +144,7 @@ def moments(run_dir):
         return lambda: time.monotonic() > end
 
     yield from (after(draw.uniform(0.5, 4)) for _ in range(3))
-    for step in sorted(draw.sample(range(1, 11), 5)):
+    for step in sorted(draw.sample(range(1, 14), 5)):
         yield written(step)
         yield writing
 
@@ -171,7 +171,7 @@ def test_two_processes_killed_go_on_bit_for_bit(shared, tmp_path):
     for process in processes:
         process.kill()
     finish(*processes)
-    assert 4 <= len(lines(run_dir)) < 12
+    assert 4 <= len(lines(run_dir)) < 15
     assert finish(*pair("train.py", run_dir)) == [0, 0], log_of(run_dir)
     assert losses(run_dir) == losses(shared)
     assert (run_dir / "adapter.safetensors").read_bytes() == (shared / "adapter.safetensors").read_bytes()
@@ -183,13 +183,13 @@ def test_two_processes_killed_go_on_bit_for_bit(shared, tmp_path):
 def test_sigterm_saves_the_step_and_says_so_by_its_exit_status(whole, tmp_path):
     run_dir = tmp_path / "told"
     process = start("train.py", run_dir)
-    wait_for(lambda: len(lines(run_dir)) >= 4, process)
+    wait_for(lambda: len(lines(run_dir)) >= 2, process)
     process.send_signal(signal.SIGTERM)
     assert finish(process) == 75
     stopped = len(lines(run_dir))
-    assert 4 <= stopped < 12
+    assert 2 <= stopped < 15
     assert (run_dir / "checkpoints" / str(stopped)).is_dir()
-    assert f"step {stopped} of 12 is saved" in log_of(run_dir)
+    assert f"step {stopped} of 15 is saved" in log_of(run_dir)
     assert finish(start("train.py", run_dir)) == 0
     assert f"Going on from step {stopped}" in log_of(run_dir)
     assert losses(run_dir) == losses(whole)
@@ -202,7 +202,7 @@ def test_sigterm_to_one_process_stops_all_and_another_mesh_goes_on(whole, tmp_pa
     processes[1].send_signal(signal.SIGTERM)
     assert finish(*processes) == [75, 75], log_of(run_dir) + log_of(run_dir, process=1)
     stopped = len(lines(run_dir))
-    assert 2 <= stopped < 12
+    assert 2 <= stopped < 15
     # One process, eight devices, parameters split: another mesh and another number of processes.
     assert finish(start("train.py", run_dir, "--mesh.fsdp", "2", "--mesh.tensor", "2", devices=8)) == 0
     assert f"Going on from step {stopped}" in log_of(run_dir)
