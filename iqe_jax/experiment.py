@@ -99,9 +99,11 @@ def dry_run(config: Config) -> None:
     each = [features.size_in_bytes(model, samples * repeated, config) for samples in plan.training.values()]
     size, kept = sum(each), config.train.features
     where = f"in the memory of each process{' and each device' if size <= layout.memory // 4 else ''}"
-    if not config.zero_shot and kept != "memory":
-        where += ", and once on disk for the next run"
-    elif config.zero_shot and kept != "memory" and size > config.train.feature_memory_gb * 1e9:
+    if not config.zero_shot:
+        where += "" if kept == "memory" else ", and once on disk for the next run"
+    elif kept == "disk":
+        where = "on disk"
+    elif kept == "auto" and size > config.train.feature_memory_gb * 1e9:
         where = "on disk, as far as --train.feature-memory-gb is passed"
     if processes.is_main():
         title = f"{config.name} on {layout.mesh.size} devices, {dict(layout.mesh.shape)}"

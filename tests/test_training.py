@@ -379,24 +379,19 @@ def test_a_few_shot_run_takes_the_features_that_one_before_it_kept(few_shot, tmp
     assert list((tmp_path / "cache" / "features").iterdir()) == [folder]
 
 
-def test_features_on_the_devices_train_the_same(few_shot, zero_shot, tmp_path, monkeypatch):
-    """As on a GPU or TPU with room for them; a CPU's are gathered on the host."""
-    here, gathered = dataclasses.replace(few_shot.eval, batch_size=16), []
+@pytest.mark.parametrize("kind", ["few_shot", "zero_shot"])
+def test_features_on_the_devices_train_the_same(kind, request, tmp_path, monkeypatch):
+    """As on a GPU or TPU that has room for them; a CPU's are gathered on the host."""
+    recipe, gathered = request.getfixturevalue(kind), []
+    recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, batch_size=16))
     real = training_data.batches_ahead
     monkeypatch.setattr(training_data, "batches_ahead", lambda *args: gathered.append(1) or real(*args))
-    for recipe in (few_shot, zero_shot):
-        recipe = dataclasses.replace(recipe, eval=here)
-        experiment.run_training(at(recipe, tmp_path / "host" / recipe.name, steps=5))
-        assert gathered.pop()
-        with monkeypatch.context() as patch:
-            patch.setattr(sharding.Layout, "memory", 10**9)
-            experiment.run_training(at(recipe, tmp_path / "device" / recipe.name, steps=5))
-            assert not gathered
-            patch.setattr(sharding.Layout, "memory", 10**6)  # too small for them
-            experiment.run_training(at(recipe, tmp_path / "small" / recipe.name, steps=5))
-            assert gathered.pop()
-        for where in ("device", "small"):
-            assert losses(tmp_path / where / recipe.name) == losses(tmp_path / "host" / recipe.name)
+    for name, memory in {"too small": 10**6, "large enough": 10**9}.items():
+        monkeypatch.setattr(sharding.Layout, "memory", memory)
+        experiment.run_training(at(recipe, tmp_path / name, steps=5))
+        assert bool(gathered) == (name == "too small")
+        del gathered[:]
+    assert losses(tmp_path / "too small") == losses(tmp_path / "large enough")
 
 
 def test_kept_few_shot_features_make_room_for_new_ones(few_shot, tmp_path, monkeypatch):
@@ -499,6 +494,7 @@ def test_a_dry_run_prints_bytes_and_leaves_nothing(few_shot, tmp_path, capsys):
         assert word in shown
     # 88 augmented images of 2 levels, 25 patches, width 128; an embedding of 64; and a mask
     assert f"{88 * (2 * 25 * 128 * 4 + 64 * 4 + 40 * 40) / 1e6:.1f} MB" in shown
+    assert "in the memory of each process, and once on disk for the next run" in shown
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit, match="no data folder at nowhere"):
         train_script.main(arguments(few_shot, tmp_path / "run", "--dry-run", "--data.root", "nowhere"))
