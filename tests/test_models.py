@@ -453,8 +453,8 @@ def test_config_and_clip_must_go_together(settings, message):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_attention_image_by_image_is_attention(kind):
     for tokens, batch in ((20, 5), (300, 3), (300, 9)):  # a loop of single images, of several, and of none
-        key = jax.random.key(tokens)
-        query, of, value = 3 * jax.random.normal(key, (3, batch, tokens, 4, 16), jnp.dtype(kind))
+        draw = np.random.default_rng(tokens).standard_normal((3, batch, tokens, 4, 16), np.float32)
+        query, of, value = jnp.asarray(3 * draw, jnp.dtype(kind))
         expected = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (query, of, value)))
         found = jax.jit(_image_by_image)(query, of, value)
         assert found.dtype == query.dtype
@@ -470,7 +470,7 @@ def test_three_products_are_the_one():
 
 
 def test_products_of_bfloat16_are_summed_in_float32():
-    a, b = jax.random.normal(jax.random.key(0), (2, 300, 300), jnp.bfloat16)
+    a, b = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300, 300), np.float32), jnp.bfloat16)
     exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     found = jax.jit(product)(a, b)
     assert found.dtype == jnp.bfloat16
@@ -485,7 +485,8 @@ def test_products_of_bfloat16_are_summed_in_float32():
     ("rows", "outer", "apart"), [(256, 4096, True), (255, 4096, False), (1024, 1024, True), (1023, 1024, False)]
 )
 def test_products_that_a_cpu_makes_with_rows_apart(rows, outer, apart):
-    a, b, levels = (jax.random.normal(jax.random.key(0), shape) for shape in ((1, rows, 8), (8, outer), (2, 1, 1)))
+    draw = np.random.default_rng(0)
+    a, b, levels = (draw.standard_normal(shape, np.float32) for shape in ((1, rows, 8), (8, outer), (2, 1, 1)))
     exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     lowered = jax.jit(product).trace(a, b).lower(lowering_platforms=("cpu",)).as_text()
     assert (f"x{outer + 16}xf32" in lowered) == apart
