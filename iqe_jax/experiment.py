@@ -98,7 +98,7 @@ def dry_run(config: Config) -> None:
     repeated = 1 if config.zero_shot else AUGMENTATIONS
     each = [features.size_in_bytes(model, samples * repeated, config) for samples in plan.training.values()]
     size, kept = sum(each), config.train.features
-    where = f"in the memory of each process{' and each device' if size <= layout.memory // 4 else ''}"
+    where = f"in the memory of each process{' and each device' if size <= layout.budget else ''}"
     if not config.zero_shot:
         where += "" if kept == "memory" else ", and once on disk for the next run"
     elif kept == "disk":

@@ -25,8 +25,8 @@ from iqe_jax.config import MeshConfig
 T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
-ON_CPUS = 16  # images at once: more are no quicker there
-ON_A_DEVICE = 64  # images at once, at most, on a GPU or TPU: more would only wait longer for their files
+ON_CPUS = 16  # images at once: half of them already reach the rate of products there, see docs/performance.md
+ON_A_DEVICE = 64  # images at once, at most, on a GPU or TPU: all files of a batch are read before it runs
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,23 @@ class Layout:
         said = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in self.mesh.local_devices]
         return processes.least(min(said, default=0))
 
+    @property
+    def budget(self) -> int:
+        """Bytes of each device for images at work, and as many for kept features: a quarter of `memory`.
+
+        The rest is for weights, training's state and batches that wait.
+        """
+        return self.memory // 4
+
     def at_once(self, asked: int | None, bytes_each: int) -> int:
         """How many images to run at once without gradients, padded: `asked`, or as many as memory suggests.
 
-        That is a power of two on each device, of images that take `bytes_each` there, in a quarter of its memory: the
-        rest is for weights, and for batches that wait. All processes must ask, and get the same.
+        That is a power of two on each device, of images that take `bytes_each` of its `budget`. All processes must ask,
+        and get the same.
         """
         if asked is not None or not self.memory:
             return self.padded(asked or ON_CPUS)
-        fit = max(1, min(self.memory // 4 // bytes_each, ON_A_DEVICE))
+        fit = max(1, min(self.budget // bytes_each, ON_A_DEVICE))
         return self.batch_shards << (fit.bit_length() - 1)
 
     def rows(self, batch_size: int) -> Int[np.ndarray, " rows"]:

@@ -156,7 +156,7 @@ def _support_features(
         return found
     found = _augmented_features(config, support, model, frozen, layout)
     if processes.is_main():
-        arrays = {name: array for name, array in vars(found).items() if array is not None}
+        arrays = _arrays(found)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
@@ -165,6 +165,11 @@ def _support_features(
         except OSError as error:
             console.print(f"The features are not kept for the next run: {error}", markup=False)
     return found
+
+
+def _arrays(kept: FeatureSet) -> dict[str, Any]:
+    """The arrays that there are, by name."""
+    return {name: array for name, array in vars(kept).items() if array is not None}
 
 
 def _room(root: Path, needed: int, limit: float) -> bool:
@@ -245,14 +250,14 @@ def batches_ahead(
 
 
 def on_devices(sets: Sequence[FeatureSet], layout: Layout) -> list[Batch] | None:
-    """All features of each set on every device, where they fit in a quarter of its memory; None where they do not.
+    """All features of each set on every device, where they fit in its `budget`; None where they do not.
 
     Nor on CPUs, which have no other memory than the host's. All processes must ask, and get the same.
     """
-    arrays: list[dict[str, Any]] = [{name: x for name, x in vars(kept).items() if x is not None} for kept in sets]
+    arrays = [_arrays(kept) for kept in sets]
     if not all(isinstance(x, np.ndarray) for own in arrays for x in own.values()):
         return None
-    if sum(x.nbytes for own in arrays for x in own.values()) > layout.memory // 4:
+    if sum(x.nbytes for own in arrays for x in own.values()) > layout.budget:
         return None
     placed = []
     for own in arrays:
