@@ -13,7 +13,7 @@ MODULES = {
 }
 # Lower may not import higher.
 LAYERS = [
-    ["iqe_jax.cache", "iqe_jax.config", "iqe_jax.progress"],
+    ["iqe_jax.cache", "iqe_jax.config", "iqe_jax.cpu", "iqe_jax.progress"],
     ["iqe_jax.models"],
     ["iqe_jax.data"],
     ["iqe_jax.losses", "iqe_jax.metrics", "iqe_jax.pixel_metrics", "iqe_jax.optim"],

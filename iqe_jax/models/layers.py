@@ -17,6 +17,8 @@ from flax.core import meta
 from flax.linen import spmd
 from jaxtyping import Array, Float
 
+from iqe_jax.cpu import on_amd
+
 T = TypeVar("T")
 Initializer = Callable[..., jax.Array]
 # (queries, keys, values), each [..., tokens, heads, head_dim] → attended values of the queries' shape.
@@ -34,9 +36,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": _in_float32(lambda x: x * jax.nn.sigmoid(1.702 * x)),
 }
 # Of programs that run the image tower. Without Triton among the candidates, XLA gives an NVIDIA GPU's products to
-# cuBLAS along with the biases and residuals that are added to them. Without YNN, it gives a CPU's to Eigen, which is
-# quicker with an image's rows if they are kept from sharing its cache (`_cpu_product`). Other compilers take no notice.
-TOWER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_cpu_experimental_ynn_fusion_type": ""}
+# cuBLAS along with the biases and residuals that are added to them. Without YNN, it gives a CPU's to Eigen, which is as
+# quick or quicker with an image's rows (see `_cpu_product`). Without the last, a CPU adds up a row in one pass, not in
+# windows of 32. Other compilers take no notice.
+TOWER_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_disable_hlo_passes": "tree_reduction_rewriter",
+}
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -80,7 +87,7 @@ def product(a: Float[Array, "... inner"], b: Float[Array, "inner outer"]) -> Flo
         a = a.reshape(-1, a.shape[-1])
         rows, outer = a.shape[0], b.shape[1]
         if isinstance(rows, int):  # an exported program may not know them
-            apart = outer % 1024 == 0 and rows >= (256 if outer % 4096 == 0 else 1024)
+            apart = outer % 1024 == 0 and rows >= (256 if outer % 4096 == 0 else 1024) and on_amd()
     if apart or a.dtype != jnp.float32:
         y = jax.lax.platform_dependent(a, b, cpu=partial(_cpu_product, apart=apart), default=jnp.matmul)
     else:
@@ -91,7 +98,8 @@ def product(a: Float[Array, "... inner"], b: Float[Array, "inner outer"]) -> Flo
 def _cpu_product(a: jax.Array, b: jax.Array, *, apart: bool) -> jax.Array:
     """`a @ b`; `apart` keeps rows of the result from lying a multiple of 4 KB apart, at the price of a copy of `b`.
 
-    Such rows share the few places that a cache has for them, which takes much of its speed from Eigen.
+    Such rows share the few places that a cache has for them, which takes much of its speed from Eigen on AMD's CPUs. On
+    Intel's it takes none, and the copy is for nothing.
     """
     outer = b.shape[1]
     if apart:
