@@ -1,5 +1,6 @@
 """The command line that the entry scripts share: `--config NAME`, dotted overrides, processes, one-line errors."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,9 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
 @contextmanager
 def started(launch: Launch, program: str) -> Iterator[None]:
     """Join the other processes, then turn what goes wrong into one line: see `user_errors`."""
+    # Imports and tracing make hundreds of thousands of objects that stay. Python by itself looks for garbage among them
+    # after every 700, which makes a start noticeably longer.
+    gc.set_threshold(100_000)
     with user_errors(program):
         import jax
 
