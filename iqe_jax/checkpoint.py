@@ -13,8 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from iqe_jax import processes
 from iqe_jax.config import Config, Rule, from_json, to_json
 from iqe_jax.models.iqe_clip import IqeClip, Params
@@ -157,17 +155,16 @@ class Checkpoints:
         """Wait for the last write and let go."""
         self._manager.close()
 
-    def restore(self, like: TrainState, order: str) -> TrainState:
-        """The latest checkpoint, laid out as `like`, or `like` itself where there is none.
+    def restore(self, shapes: TrainState, order: str) -> TrainState | None:
+        """The latest checkpoint, laid out as `shapes` say, or None where there is none.
 
         `order` says in a word which images stand in which order. Raises ValueError naming the checkpoint when it cannot
         be read, does not fit, or was made on images in another order.
         """
         step = self._manager.latest_step()
         if step is None:
-            return like
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = self._args.Composite(state=self._args.StandardRestore(abstract), position=self._args.JsonRestore())  # pyright: ignore
+            return None
+        items = self._args.Composite(state=self._args.StandardRestore(shapes), position=self._args.JsonRestore())  # pyright: ignore
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax raises many kinds for a damaged checkpoint

@@ -13,15 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 from rich.table import Table
 
 from iqe_jax.config import Config
 from iqe_jax.evaluator import evaluation_step
 from iqe_jax.features import at_once, kept_dtype, run_tower
 from iqe_jax.models.iqe_clip import IqeClip
-from iqe_jax.sharding import Layout
-from iqe_jax.train_state import batch_shapes, rows_of_step, state_shapes, state_shardings, step_program, step_settings
+from iqe_jax.sharding import Layout, laid_out
+from iqe_jax.train_state import batch_shapes, rows_of_step, shapes_laid_out, step_program, step_settings
 from iqe_jax.weights import frozen_shardings
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -84,7 +83,7 @@ def train_footprint(model: IqeClip, config: Config, layout: Layout, *, masks: bo
     train = config.train
     size = rows_of_step(train, layout)
     settings = step_settings(model, train, train.dropout, layout)
-    state = _abstract(state_shapes(model, settings["rates"]), state_shardings(model, settings["rates"], layout))
+    state = shapes_laid_out(model, settings["rates"], layout)
     frozen = _frozen(model, layout)
     batch = batch_shapes(model, layout, size, kept_dtype(config), masks=masks)
     parts = {
@@ -106,7 +105,7 @@ def evaluation_footprints(
     side = model.config.image_size
     train = config.train
     rates = (train.learning_rate, train.temperature_learning_rate)
-    trainable = _abstract(state_shapes(model, rates).trainable, state_shardings(model, rates, layout).trainable)
+    trainable = shapes_laid_out(model, rates, layout).trainable
     frozen = _frozen(model, layout)
     images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32, sharding=layout.batch)
     batch = batch_shapes(model, layout, size, model.dtype, masks=masks)
@@ -126,15 +125,8 @@ def held_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
 
 
-def _abstract(boxed: Any, shardings: Any) -> Any:
-    def shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, meta.unbox(boxed), shardings)
-
-
 def _frozen(model: IqeClip, layout: Layout) -> dict[str, Any]:
-    return _abstract(jax.eval_shape(model.init_frozen, jax.random.key(0)), frozen_shardings(model, layout))
+    return laid_out(jax.eval_shape(model.init_frozen, jax.random.key(0)), frozen_shardings(model, layout))
 
 
 def _compile(name: str, lowered: Any, parts: Mapping[str, int], layout: Layout, size: int) -> Footprint:

@@ -177,6 +177,15 @@ class Layout:
         return jax.tree.map(array, dict(tree), shardings)
 
 
+def laid_out(boxed: Any, shardings: Any) -> Any:
+    """The shapes of a tree of arrays or shapes, out of their boxes, each with where `shardings` say that it lies."""
+
+    def shape(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, meta.unbox(boxed), shardings)
+
+
 def make_layout(config: MeshConfig, devices: Any = None) -> Layout:
     """The Layout of `config` on all devices of all processes, or on the given ones.
 

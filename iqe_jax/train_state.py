@@ -20,7 +20,7 @@ from iqe_jax.models.iqe_clip import Features, IqeClip, Params
 from iqe_jax.models.layers import split
 from iqe_jax.models.start import start_from_clip
 from iqe_jax.optim import optimiser
-from iqe_jax.sharding import Layout
+from iqe_jax.sharding import Layout, laid_out
 
 AnyArray = jax.Array | np.ndarray  # made on the host, turned into the device's by the step
 
@@ -99,10 +99,19 @@ def state_shapes(model: IqeClip, rates: tuple[float, float]) -> TrainState:
 @cache
 def state_shardings(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
     """Where each array of a TrainState lies. Raises ValueError as `Layout.shardings`."""
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=layout.replicated)  # as `_create` has it: traced once for both
+    return layout.shardings(_boxed(model, rates, layout))
+
+
+def shapes_laid_out(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
+    """The shapes of a TrainState, which say where each array lies too. Raises ValueError as `Layout.shardings`."""
+    return laid_out(_boxed(model, rates, layout), state_shardings(model, rates, layout))
+
+
+def _boxed(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
+    """As `state_shapes`, traced as `_create` does, and so once for both."""
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=layout.replicated)
     with layout.traced():
-        shapes = _initial.eval_shape(model, rates, seed)
-    return layout.shardings(shapes)
+        return _initial.eval_shape(model, rates, seed)
 
 
 @partial(jax.jit, static_argnames=("model", "rates", "layout"))

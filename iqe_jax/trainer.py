@@ -31,7 +31,7 @@ from iqe_jax.train_state import (
     compile_ahead,
     create,
     rows_of_step,
-    state_shardings,
+    shapes_laid_out,
     train_step,
 )
 from iqe_jax.weights import chosen_on, load_adapter
@@ -55,7 +55,7 @@ class Trainer:
         settings = self.config.train
         self.total = settings.steps or settings.epochs * self.order.steps_per_epoch
         rates = (settings.learning_rate, settings.temperature_learning_rate)
-        self._shardings = state_shardings(self.model, rates, self.layout).trainable
+        self._shapes = shapes_laid_out(self.model, rates, self.layout)
 
     def train(self) -> Params:
         """Train to the end, from the latest checkpoint if there is one; returns the kept weights, laid out.
@@ -68,20 +68,22 @@ class Trainer:
         initial = load_adapter(self.model, start_from) if start_from else None
         # What starts from weights that were chosen on test data has seen it too.
         self._seen = chosen_on(start_from) if start_from else None
-        state = create(self.model, self.config.train, self.frozen, self.layout, initial)
         self.run.claim()
         with Checkpoints(self.run) as checkpoints:
-            state = checkpoints.restore(state, self.plan.digest)
-            if int(state.step) > self.total:
+            state = checkpoints.restore(self._shapes, self.plan.digest)
+            step = 0 if state is None else int(state.step)
+            if step > self.total:
                 raise ValueError(
-                    f"{self.run.path} has come to step {int(state.step)} already, past the {self.total} asked for; "
+                    f"{self.run.path} has come to step {step} already, past the {self.total} asked for; "
                     "give this run another --run-dir"
                 )
-            if int(state.step) > 0:
-                console.print(f"Going on from step {int(state.step)} of {self.total} in {self.run.path}")
-            if int(state.step) < self.total:
+            if step > 0:
+                console.print(f"Going on from step {step} of {self.total} in {self.run.path}")
+            compiling = self._compile_ahead(step) if step < self.total else None
+            if state is None:
+                state = create(self.model, self.config.train, self.frozen, self.layout, initial)
+            if step < self.total:
                 check = self.preemption.check
-                compiling = self._compile_ahead(state)
                 sets = training_data.load(self.config, self.plan, self.model, self.frozen, self.layout, check)
                 selection = self._selection_features()
                 if compiling is not None:
@@ -92,20 +94,22 @@ class Trainer:
         self.run.finish(self.total, support=[] if self.config.zero_shot else self.plan.names)
         return self.load_kept()
 
-    def _compile_ahead(self, state: TrainState) -> threading.Thread | None:
-        """Compile the first step while images are decoded and the image tower runs; None where processes are several.
+    def _compile_ahead(self, step: int) -> threading.Thread | None:
+        """Compile step `step` (from 0) while the state is made, images are decoded and the image tower runs.
 
-        Those have to compile one and the same at a time.
+        None where processes are several: those have to compile one and the same at a time.
         """
         if jax.process_count() > 1:
             return None
-        settings, layout, step = self.config.train, self.layout, int(state.step)
+        settings, layout = self.config.train, self.layout
         first = list(self.plan.training.values())[self.order[step].set_index]
         size = rows_of_step(settings, layout)
         masks = any(sample.mask for sample in first)
         batch = batch_shapes(self.model, layout, size, features.kept_dtype(self.config), masks=masks)
         text, dropout = {"text": self.frozen["text"]}, self._dropout(step)
-        return compile_ahead(state, text, batch, model=self.model, config=settings, dropout=dropout, layout=layout)
+        return compile_ahead(
+            self._shapes, text, batch, model=self.model, config=settings, dropout=dropout, layout=layout
+        )
 
     def _dropout(self, step: int) -> float:
         """Dropout of step `step` (from 0)."""
@@ -116,7 +120,7 @@ class Trainer:
         """The weights kept by `rule`, or the run's own, laid out."""
         with processes.together("load the trained weights"):
             kept = self.run.load(self.model, rule)
-        return self.layout.put(kept, self._shardings)
+        return self.layout.put(kept, jax.tree.map(lambda x: x.sharding, self._shapes.trainable))
 
     def _selection_features(self) -> dict[str, FeatureSet]:
         """Features of the images that weights are chosen by, by rule; kept, as they are scored again and again."""

@@ -20,7 +20,7 @@ from iqe_jax.features import FeatureSet, run_tower
 from iqe_jax.models.clip import ClipConfig, Templates
 from iqe_jax.models.iqe_clip import IqeClip
 from iqe_jax.sharding import Layout, make_layout
-from iqe_jax.train_state import Batch, create, objective, train_step
+from iqe_jax.train_state import Batch, create, objective, shapes_laid_out, train_step
 from iqe_jax.weights import frozen_shardings
 
 CLIP = ClipConfig(56, 14, 256, 2, 4, 256, 2, 4, 16, 32)
@@ -157,11 +157,14 @@ def main(path: Path) -> None:
     found = {}
     for name, mesh in MESHES.items():
         run = Run(make_layout(mesh), frozen)
+        rates = (run.train.learning_rate, run.train.temperature_learning_rate)
+        shapes = shapes_laid_out(run.model, rates, run.layout)
+        alike = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, y.ndim), shapes, run.state)
         (a, b), head = run.gradients_and_head()
         places, c = run.places(head), run.five_steps()
         found[name] = {"loss": abs(float(a) - float(loss)), "gradients": far(b, gradients), "steps": far(c, losses)}
         found[name]["pixels"] = far(pixel_figures(run.layout), pixel_figures(None))
-        found[name] |= {"places": places, "mesh": dict(run.layout.mesh.shape)}
+        found[name] |= {"places": places, "mesh": dict(run.layout.mesh.shape), "ahead": all(jax.tree.leaves(alike))}
         taken, gathered = taken_and_gathered(make_layout(mesh))
         found[name]["taken"] = max(map(far, taken, gathered))
         found[name]["taken where"] = [specs(batch) for batch in taken] == [specs(batch) for batch in gathered]

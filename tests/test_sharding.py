@@ -48,6 +48,11 @@ def test_batches_taken_on_the_devices_are_those_gathered_on_the_host(found, mesh
     assert found[mesh]["taken"] == 0 and found[mesh]["taken where"]
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_state_lies_where_the_step_compiled_ahead_expects_it(found, mesh):
+    assert found[mesh]["ahead"]
+
+
 @pytest.mark.parametrize("case", ["accumulated", "padded, remat", "padded, accumulated on a mesh"])
 def test_padding_accumulation_and_rematerialisation_change_no_loss(found, case):
     assert found[case]["steps"] < 1e-5

@@ -137,6 +137,22 @@ def test_a_partial_batch_runs_the_same_program(few_shot, trained, tmp_path):
     assert train_state.step_program._cache_size() == programs
 
 
+def test_the_program_compiled_ahead_is_the_one_that_runs(few_shot, tmp_path):
+    compiled = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event.endswith("backend_compile_duration") and "step_program" in fun_name:
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for steps in (1, 2):  # from a new state, and from a checkpoint
+            experiment.run_training(at(few_shot, tmp_path, steps=steps, learning_rate=3.21e-4))
+            assert len(compiled) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_a_finished_run_can_be_trained_further(few_shot, trained, tmp_path):
     recipe = at(few_shot, tmp_path / "run", epochs=2)
     experiment.run_training(recipe)
