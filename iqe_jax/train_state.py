@@ -91,11 +91,6 @@ def _initial(model: IqeClip, rates: tuple[float, float], seed: jax.Array) -> Tra
     return TrainState(jnp.zeros((), jnp.int32), params, optimiser(*rates).init(params), key)
 
 
-def state_shapes(model: IqeClip, rates: tuple[float, float]) -> TrainState:
-    """The shapes of a TrainState, in boxes that say by which rule each array is split; nothing is drawn."""
-    return _initial.eval_shape(model, rates, jax.ShapeDtypeStruct((), jnp.uint32))
-
-
 @cache
 def state_shardings(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
     """Where each array of a TrainState lies. Raises ValueError as `Layout.shardings`."""
@@ -103,12 +98,12 @@ def state_shardings(model: IqeClip, rates: tuple[float, float], layout: Layout) 
 
 
 def shapes_laid_out(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
-    """The shapes of a TrainState, which say where each array lies too. Raises ValueError as `Layout.shardings`."""
+    """The shapes of a TrainState with where each lies; nothing is drawn. Raises ValueError as `Layout.shardings`."""
     return laid_out(_boxed(model, rates, layout), state_shardings(model, rates, layout))
 
 
 def _boxed(model: IqeClip, rates: tuple[float, float], layout: Layout) -> TrainState:
-    """As `state_shapes`, traced as `_create` does, and so once for both."""
+    """The shapes in boxes that say by which rule each array is split; traced as by `_create`, and so once for both."""
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=layout.replicated)
     with layout.traced():
         return _initial.eval_shape(model, rates, seed)

@@ -9,7 +9,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from flax.core import meta
 from PIL import Image
 
 import evaluate as evaluate_script
@@ -586,7 +585,7 @@ def test_an_unreadable_image_is_named(few_shot, tiny_root, tmp_path):
 
 def test_a_step_takes_another_learning_rate_than_its_state_was_made_with(golden_model):
     model, frozen, _ = golden_model
-    state = meta.unbox(train_state.state_shapes(model, (1e-4, 1e-2)))
+    state = train_state.shapes_laid_out(model, (1e-4, 1e-2), LAYOUT)
     batch = train_state.batch_shapes(model, LAYOUT, 4, np.float32, masks=True)
     settings = train_state.step_settings(model, config.TrainConfig(learning_rate=0.00123), 0.0, LAYOUT)
     with LAYOUT.active():

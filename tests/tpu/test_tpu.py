@@ -7,14 +7,13 @@ import dataclasses
 import math
 
 import jax
-from flax.core import meta
 
 from iqe_jax.chips import CHIPS
 from iqe_jax.config import load
 from iqe_jax.footprint import train_footprint
 from iqe_jax.scaling import topology_devices
 from iqe_jax.sharding import make_layout
-from iqe_jax.train_state import state_shapes
+from iqe_jax.train_state import shapes_laid_out
 from iqe_jax.weights import describe
 
 jax.config.update("jax_platforms", "cpu")  # the TPU compiler is a library here, not a device
@@ -37,7 +36,8 @@ def test_full_size_step_fits_and_exchanges_only_gradients():
     assert {c.kind for c in found.collectives} <= {"all-reduce", "reduce-scatter", "all-gather"}
     assert {c.group for c in found.collectives} == {chips}
     # In float32 the gradients have the parameters' bytes; computed in bfloat16, those of the products have half.
-    shapes = meta.unbox(state_shapes(model, (config.train.learning_rate, config.train.temperature_learning_rate)))
+    rates = (config.train.learning_rate, config.train.temperature_learning_rate)
+    shapes = shapes_laid_out(model, rates, layout)
     gradients = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(shapes.trainable))
     assert gradients == found.parts["trainable"]
     # What is reduced that is no parameter's gradient: keys and values of the prompt's prefix, which all images share.
