@@ -1,4 +1,4 @@
-"""The parts of the model against plain PyTorch: image tower, prompted text, head, inference, training step.
+"""The model's parts against plain PyTorch: image tower, prompted text, query module, head, inference, training step.
 
 Weights and images are random, as no figure here depends on them.
 """
@@ -22,7 +22,9 @@ from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateU
 from iqe_jax.features import kept_dtype
 from iqe_jax.footprint import in_bytes
 from iqe_jax.models.iqe_clip import Features, IqeClip
+from iqe_jax.models.iqm import Iqm, reads
 from iqe_jax.models.layers import TOWER_OPTIONS, product
+from iqe_jax.models.shared import Shared
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch, create, step_program, step_settings
 
@@ -34,6 +36,7 @@ TOWER_PEAK, INFERENCE_PEAK, STEP_RATE = 0.5, 0.45, 10
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 AT_ONCE = 5  # calls on a device of its own, as training and evaluation give it one after the other
 PEER_IMAGES = 128  # on a GPU, as PyTorch's textbook head keeps much more for the way back
+TEXT, QUERY_MODULE, STEP = "text, prompted", "query module (IQM)", "training step, kept features"
 
 
 def at_once(device: str) -> int:
@@ -135,15 +138,13 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     flops: dict[tuple[str, str], float] = {}
     model, vision = parts.model, {"vision": parts.frozen["vision"]}
-    device, dtype = peers.device_name(parts.device), model.config.dtype
     # The tower is what the others are measured against.
     calls["tower", "ours"] = lambda: parts.tower(vision, parts.on_device)
     flops["tower", "ours"] = cost.tower(model, parts.batch)  # a compiler counts what is in a loop once
-    if torch is not None and "tower" in wanted:
-        calls["tower", "PyTorch"] = peers.tower(model, parts.images[: parts.peer_images], dtype, device)
-        flops["tower", "PyTorch"] = cost.tower(model, parts.peer_images)
     if "text" in wanted:
         _text(parts, calls, flops)
+    if "iqm" in wanted:
+        _query_module(parts, calls, flops)
     if "head" in wanted:
         head = jax.jit(lambda trainable, frozen, found: _segmented(model, trainable, frozen, found))
         arguments = (parts.trainable, {"text": parts.frozen["text"]}, parts.features)
@@ -155,19 +156,17 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
         flops["inference", "ours"] = flops["tower", "ours"] + cost.head(model, parts.batch)
     if "training" in wanted:
         _training(parts, calls, flops, report)
-    if torch is not None and wanted & {"head", "training"}:
-        peer = peers.head(model, parts.peer_batch(), dtype, device)
-        if "head" in wanted:
-            calls["head", "PyTorch"] = peer["head"]
-        if "training" in wanted:
-            calls["training step, kept features", "PyTorch"] = peer["step"]
+    if torch is not None:
+        _peers(parts, calls, flops, wanted)
+    order = list(dict.fromkeys(section for section, _ in calls))
+    calls = dict(sorted(calls.items(), key=lambda call: order.index(call[0][0])))  # each beside its peer
     for (section, name), seconds in in_turns(calls, report.repeats, at_once(parts.device), report.turn).items():
         images = parts.peer_images if name == "PyTorch" else parts.batch
         report.add(section, name, seconds, images=images, flops=flops.get((section, name)))
     report.facts["batch"] = parts.batch
     _targets(parts, report)
     if parts.profile:
-        own = [(name, "ours") for name in ("tower", "training step, kept features")]
+        own = [(name, "ours") for name in ("tower", STEP)]
         report.facts["kernels"] = {key[0]: kernels.seconds(calls[key]) for key in own if key in calls}
 
 
@@ -185,7 +184,37 @@ def _text(parts: Parts, calls: Any, flops: Any) -> None:
 
     arguments = (parts.trainable, {"text": parts.frozen["text"]}, parts.features)
     compiled = jax.jit(text).lower(*arguments).compile()
-    calls["text, prompted", "ours"], flops["text, prompted", "ours"] = partial(compiled, *arguments), flops_of(compiled)
+    calls[TEXT, "ours"], flops[TEXT, "ours"] = partial(compiled, *arguments), flops_of(compiled)
+
+
+def _query_module(parts: Parts, calls: Any, flops: Any) -> None:
+    """The query module by itself, forward, on the head's own dense features and text embeddings."""
+    model, config = parts.model, parts.model.config
+    head = jax.jit(model.head)(parts.trainable, {"text": parts.frozen["text"]}, parts.features)
+    iqm = Iqm(model.clip.embed_dim, config.iqm_layers, config.iqm_heads, config.iqm_width, 0.0, model.dtype)
+
+    def queries(params: Any, query_tokens: jax.Array, dense_features: jax.Array, text: jax.Array) -> Any:
+        patches = Shared(dense_features, reads(config.iqm_layers, config.iqm_heads))
+        with jax.default_matmul_precision("float32" if config.dtype == "float32" else "default"):  # as in the head
+            return iqm.apply({"params": params}, query_tokens, patches, text)
+
+    given = [head[name] for name in ("query_tokens", "dense_features", "text_embeddings")]
+    calls[QUERY_MODULE, "ours"] = partial(jax.jit(queries), parts.trainable["iqm"], *given)
+    flops[QUERY_MODULE, "ours"] = cost.query_module(model, parts.batch)  # compilers see into no kernel of our own
+
+
+def _peers(parts: Parts, calls: Any, flops: Any, wanted: set[str]) -> None:
+    """The same in PyTorch; inference is its tower, then its head on what that found."""
+    model, device, dtype = parts.model, peers.device_name(parts.device), parts.model.config.dtype
+    if wanted & {"tower", "inference"}:
+        calls["tower", "PyTorch"] = peers.tower(model, parts.images[: parts.peer_images], dtype, device)
+        flops["tower", "PyTorch"] = cost.tower(model, parts.peer_images)
+    if wanted & {"text", "iqm", "head", "inference", "training"}:
+        head = peers.head(model, parts.peer_batch(), dtype, device)
+        rows = {"text": TEXT, "iqm": QUERY_MODULE, "head": "head", "training": STEP}
+        calls |= {(row, "PyTorch"): head[section] for section, row in rows.items() if section in wanted}
+        if "inference" in wanted:
+            calls["inference", "PyTorch"] = lambda: head["head"](calls["tower", "PyTorch"]())
 
 
 def _training(parts: Parts, calls: Any, flops: Any, report: Report) -> None:
@@ -209,8 +238,7 @@ def _training(parts: Parts, calls: Any, flops: Any, report: Report) -> None:
         tokens, image_features = jax.device_put((found.patch_tokens, found.image_features), split)
         return step(kept.replace(patch_tokens=tokens, image_features=image_features))  # pyright: ignore
 
-    name = "training step, kept features"
-    calls[name, "ours"], flops[name, "ours"] = partial(step, kept), flops_of(compiled)
+    calls[STEP, "ours"], flops[STEP, "ours"] = partial(step, kept), flops_of(compiled)
     calls["training step, with the tower", "ours"] = whole
     flops["training step, with the tower", "ours"] = flops_of(compiled) + cost.tower(model, parts.batch)
     memory: Any = compiled.memory_analysis()
@@ -218,7 +246,7 @@ def _training(parts: Parts, calls: Any, flops: Any, report: Report) -> None:
 
 
 def _targets(parts: Parts, report: Report) -> None:
-    tower, step = report.find("tower", "ours"), report.find("training step, kept features", "ours")
+    tower, step = report.find("tower", "ours"), report.find(STEP, "ours")
     inference, peer = report.find("inference", "ours"), report.find("tower", "PyTorch")
     assert tower is not None and tower.flops is not None
     if peer is not None:

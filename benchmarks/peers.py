@@ -15,9 +15,10 @@ from iqe_jax.models.iqe_clip import IqeClip
 
 @dataclass(frozen=True)
 class Pending:
-    """What PyTorch has been told to compute; it is waited for as JAX's arrays are."""
+    """What PyTorch has been told to compute; it is waited for as JAX's arrays are. `found` is all that came with it."""
 
     value: Any
+    found: Any = None
 
     def block_until_ready(self) -> None:
         """Wait for all that the value's GPU was told to do; a CPU has done it already."""
@@ -79,15 +80,17 @@ def tower(model: IqeClip, images: np.ndarray, dtype: str, device: str) -> Callab
 
     def run() -> Any:
         with torch.inference_mode():
-            return Pending(peer(pixel_values=pixels, output_hidden_states=True).image_embeds)
+            found = peer(pixel_values=pixels, output_hidden_states=True)
+            return Pending(found.image_embeds, found)
 
     return run
 
 
-def head(model: IqeClip, batch: dict[str, np.ndarray], dtype: str, device: str) -> dict[str, Callable[[], Any]]:
-    """Calls `head` (features to segmentation and scores) and `step` (one Adam step of the adapter) on kept features.
+def head(model: IqeClip, batch: dict[str, np.ndarray], dtype: str, device: str) -> dict[str, Callable[..., Any]]:
+    """Calls on kept features: `text`, `iqm`, `head` (to the segmentation), `training` (an Adam step of the adapter).
 
-    `batch` has `patch_tokens` (K, B, L, W), `image_features` (B, D), `masks` (B, S, S) and `labels` (B).
+    `batch` has `patch_tokens` (K, B, L, W), `image_features` (B, D), `masks` (B, S, S) and `labels` (B). The head takes
+    what a call of `tower` returned instead, if that is given to it.
     """
     import torch
 
@@ -99,9 +102,25 @@ def head(model: IqeClip, batch: dict[str, np.ndarray], dtype: str, device: str) 
     trained = [p for p in peer.parameters() if p.requires_grad]
     adam = torch.optim.Adam(trained, lr=1e-4, betas=(0.5, 0.999))
 
-    def run() -> Any:
+    with torch.inference_mode():
+        dense = [layer(tokens) for tokens, layer in zip(given["patch_tokens"], peer.dense, strict=True)]
+        embedded = peer.texts(given["image_features"])
+
+    def text() -> Any:
         with torch.inference_mode():
-            return Pending(peer.segment(peer(given["patch_tokens"], given["image_features"])))
+            return Pending(peer.texts(given["image_features"]))
+
+    def iqm() -> Any:
+        with torch.inference_mode():
+            return Pending(torch.stack([peer.queries(given["image_features"], x, embedded) for x in dense]))
+
+    def run(tower: Pending | None = None) -> Any:
+        tokens, image_features = given["patch_tokens"], given["image_features"]
+        with torch.inference_mode():
+            if tower is not None:
+                tokens = torch.stack([tower.found.hidden_states[level][:, 1:] for level in model.config.levels])
+                image_features = tower.value
+            return Pending(peer.segment(peer(tokens, image_features)))
 
     def step() -> Any:
         adam.zero_grad()
@@ -110,4 +129,4 @@ def head(model: IqeClip, batch: dict[str, np.ndarray], dtype: str, device: str) 
         adam.step()
         return Pending(value)
 
-    return {"head": run, "step": step}
+    return {"text": text, "iqm": iqm, "head": run, "training": step}

@@ -12,15 +12,15 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-SECTIONS = ("matrix", "tower", "text", "head", "inference", "training", "pixels", "input", "imports", "start")
-Section = Literal["matrix", "tower", "text", "head", "inference", "training", "pixels", "input", "imports", "start"]
-MODEL_SECTIONS = {"tower", "text", "head", "inference", "training"}
+Part = Literal["tower", "text", "iqm", "head", "inference", "training"]
+Section = Literal["matrix", Part, "pixels", "input", "imports", "start"]
+MODEL_SECTIONS = set(get_args(Part))
 TURN = 6.0  # seconds of a turn on a CPU at full size: about half of the tower's call, several of a training step
 
 
@@ -63,7 +63,7 @@ def run(options: Options) -> Any:
 
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
     full = options.size == "full"
-    wanted: set[str] = set(options.only or SECTIONS)
+    wanted: set[str] = set(options.only or get_args(Section))
     report = Report(options.repeats, TURN if full and options.device == "cpu" else 0.0)
     report.facts |= machine(options)
     torch = peers.torch_or_none(options.threads)

@@ -105,17 +105,25 @@ class TextbookHead(nn.Module):
             x = block(x)
         return F.normalize(self.text_proj(self.ln_final(self.prompt_norm(x)))[:, read], dim=-1)
 
+    def texts(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Both templates' text embeddings (B, 2, D) from (B, D)."""
+        class_tokens = self.prompt_query + self.class_conv(image_features[:, None])
+        return torch.stack([self.embed(t, class_tokens) for t in (0, 1)], 1)
+
+    def queries(self, image_features: torch.Tensor, patches: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Query features (B, 2, D) of one level's dense features (B, L, D)."""
+        x = self.iqm_norm(self.query_tokens + self.query_conv(image_features[:, None]))
+        for block in self.iqm:
+            x = block(x, patches, text)
+        return x
+
     def forward(self, patch_tokens: torch.Tensor, image_features: torch.Tensor) -> list[list[torch.Tensor]]:
         """Logits (B, L, 2) of each level from (K, B, L, W) and (B, D): the query branch's, then the text branch's."""
-        class_tokens = self.prompt_query + self.class_conv(image_features[:, None])
-        query_tokens = self.query_tokens + self.query_conv(image_features[:, None])
-        text = torch.stack([self.embed(t, class_tokens) for t in (0, 1)], 1)
+        text = self.texts(image_features)
         branches: list[list[torch.Tensor]] = [[], []]
         for tokens, layer in zip(patch_tokens, self.dense, strict=True):
-            patches, x = layer(tokens), self.iqm_norm(query_tokens)
-            for block in self.iqm:
-                x = block(x, patches, text)
-            unit = F.normalize(patches, dim=-1)
+            patches = layer(tokens)
+            x, unit = self.queries(image_features, patches, text), F.normalize(patches, dim=-1)
             branches[0].append(unit @ F.normalize(x, dim=-1).transpose(1, 2))
             branches[1].append(self.prompt_temp.exp() * unit @ text.transpose(1, 2))
         return branches

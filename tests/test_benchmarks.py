@@ -30,9 +30,9 @@ def test_every_section_runs_and_is_written_down(tmp_path):
     rows = {(row["section"], row["name"]): row for row in content["rows"]}
     sections = {section for section, _ in rows}
     expected = {"matrix product", "tower", "text, prompted", "head", "inference", "pixel metrics", "input", "start"}
-    expected |= {"training step, kept features", "training step, with the tower"}
+    expected |= {"query module (IQM)", "training step, kept features", "training step, with the tower"}
     assert sections == expected
-    for part in ("tower", "head", "training step, kept features"):
+    for part in ("tower", "text, prompted", "query module (IQM)", "head", "inference", "training step, kept features"):
         assert {name for section, name in rows if section == part} == {"ours", "PyTorch"}
     assert all(np.isfinite(row["seconds"]).all() and min(row["seconds"]) > 0 for row in content["rows"])
     assert rows["tower", "ours"]["flops"] > 0 and content["matrix_product_flops"] > 0 and content["batch"] == 2
