@@ -22,7 +22,7 @@ from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateU
 from iqe_jax.features import kept_dtype
 from iqe_jax.footprint import in_bytes
 from iqe_jax.models.iqe_clip import Features, IqeClip
-from iqe_jax.models.iqm import Iqm, reads
+from iqe_jax.models.iqm import reads
 from iqe_jax.models.layers import TOWER_OPTIONS, product
 from iqe_jax.models.shared import Shared
 from iqe_jax.sharding import Layout
@@ -191,15 +191,15 @@ def _query_module(parts: Parts, calls: Any, flops: Any) -> None:
     """The query module by itself, forward, on the head's own dense features and text embeddings."""
     model, config = parts.model, parts.model.config
     head = jax.jit(model.head)(parts.trainable, {"text": parts.frozen["text"]}, parts.features)
-    iqm = Iqm(model.clip.embed_dim, config.iqm_layers, config.iqm_heads, config.iqm_width, 0.0, model.dtype)
+    adapter = model._adapter()  # pyright: ignore[reportPrivateUsage]
 
     def queries(params: Any, query_tokens: jax.Array, dense_features: jax.Array, text: jax.Array) -> Any:
         patches = Shared(dense_features, reads(config.iqm_layers, config.iqm_heads))
         with jax.default_matmul_precision("float32" if config.dtype == "float32" else "default"):  # as in the head
-            return iqm.apply({"params": params}, query_tokens, patches, text)
+            return adapter.apply({"params": params}, query_tokens, patches, text, method="queries")
 
     given = [head[name] for name in ("query_tokens", "dense_features", "text_embeddings")]
-    calls[QUERY_MODULE, "ours"] = partial(jax.jit(queries), parts.trainable["iqm"], *given)
+    calls[QUERY_MODULE, "ours"] = partial(jax.jit(queries), parts.trainable, *given)
     flops[QUERY_MODULE, "ours"] = cost.query_module(model, parts.batch)  # compilers see into no kernel of our own
 
 
