@@ -14,7 +14,7 @@ import jax
 CALLS = 3
 # What a kernel's name says of its work, in the order in which they are tried.
 KINDS = {
-    "attention of the image tower, cuDNN": "cudnn",
+    "attention of the image tower": "cudnn|attention_to_all",
     "attention of the query module, one pass": "fused_attention",
     "products, Triton": "gemm_fusion",
     "products, cuBLAS": "nvjet|cutlass|gemm|gemv|cublas",

@@ -21,6 +21,7 @@ from iqe_jax.config import Config
 from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateUsage]
 from iqe_jax.features import kept_dtype
 from iqe_jax.footprint import in_bytes
+from iqe_jax.models.clip import attend_to_all
 from iqe_jax.models.iqe_clip import Features, IqeClip
 from iqe_jax.models.iqm import reads
 from iqe_jax.models.layers import TOWER_OPTIONS, product
@@ -36,7 +37,8 @@ TOWER_PEAK, INFERENCE_PEAK, STEP_RATE = 0.5, 0.45, 10
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 AT_ONCE = 5  # calls on a device of its own, as training and evaluation give it one after the other
 PEER_IMAGES = 128  # on a GPU, as PyTorch's textbook head keeps much more for the way back
-TEXT, QUERY_MODULE, STEP = "text, prompted", "query module (IQM)", "training step, kept features"
+ATTENTION, TEXT, QUERY_MODULE = "tower's attention, a block", "text, prompted", "query module (IQM)"
+STEP = "training step, kept features"
 
 
 def at_once(device: str) -> int:
@@ -141,6 +143,8 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
     # The tower is what the others are measured against.
     calls["tower", "ours"] = lambda: parts.tower(vision, parts.on_device)
     flops["tower", "ours"] = cost.tower(model, parts.batch)  # a compiler counts what is in a loop once
+    if "attention" in wanted:
+        _attention(parts, calls, flops)
     if "text" in wanted:
         _text(parts, calls, flops)
     if "iqm" in wanted:
@@ -173,6 +177,18 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
 def _segmented(model: IqeClip, trainable: Any, frozen: Any, found: Features) -> Any:
     prediction = model.predict(model.head(trainable, frozen, found))
     return prediction["segmentation"], prediction["score_few"]
+
+
+def _attention(parts: Parts, calls: Any, flops: Any) -> None:
+    """Attention of the image tower by itself, one block of it, beside what JAX has for the device."""
+    clip, tokens, half = parts.model.clip, parts.model.grid**2 + 1, parts.model.dtype != jnp.float32
+    shape = (3, parts.batch, tokens, clip.vision_heads, clip.vision_width // clip.vision_heads)
+    arrays = jax.random.normal(jax.random.key(0), shape, parts.model.dtype)
+    name, peer = ("cuDNN's", "cudnn") if parts.device == "gpu" and half else ("JAX's own", "xla")
+    forms = {"ours": attend_to_all, name: partial(jax.nn.dot_product_attention, implementation=peer)}
+    for form, attend in forms.items():
+        calls[ATTENTION, form] = partial(jax.jit(attend, compiler_options=TOWER_OPTIONS), *arrays)
+        flops[ATTENTION, form] = 4.0 * parts.batch * tokens**2 * clip.vision_width
 
 
 def _text(parts: Parts, calls: Any, flops: Any) -> None:

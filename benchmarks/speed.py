@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-Part = Literal["tower", "text", "iqm", "head", "inference", "training"]
+Part = Literal["tower", "attention", "text", "iqm", "head", "inference", "training"]
 Section = Literal["matrix", Part, "pixels", "input", "imports", "start"]
 MODEL_SECTIONS = set(get_args(Part))
 TURN = 6.0  # seconds of a turn on a CPU at full size: about half of the tower's call, several of a training step

@@ -64,18 +64,33 @@ def test_shared_attends_the_same_with_and_without_the_kernels(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
+# Less than a block of tokens, one whole block, and several of which the last is not full.
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("tokens, dim", [(5, 32), (64, 64), (150, 64)])
+def test_kernel_of_all_tokens_is_attention(tokens, dim, dtype, tolerance):
+    draw = np.random.default_rng(1).standard_normal((3, 2, tokens, 3, dim), np.float32)
+    arrays = jnp.asarray(2 * draw, dtype)
+    found = fused_kernels.kernel_all(*arrays, interpret=True)
+    assert found.dtype == dtype
+    assert distance(found, jax.nn.dot_product_attention(*arrays.astype(jnp.float32))) < tolerance
+
+
 def test_kernels_are_for_one_hopper_gpu_and_known_sizes(monkeypatch):
     monkeypatch.setattr(fused_attention, "capability", lambda: 9.0)
     rows, tokens, _ = drawn(2, 9, 256, 16, jnp.bfloat16)
-    assert fused_attention.fits(rows, tokens)
+    image = jnp.zeros((2, 290, 3, 64), jnp.bfloat16)
+    assert fused_attention.fits(rows, tokens) and fused_attention.fits_all(image)
+    assert not fused_attention.fits_all(image.astype(jnp.float32))
+    assert not fused_attention.fits_all(jnp.tile(image, (1, 2, 1, 1)))
+    assert not fused_attention.fits_all(jnp.tile(image, 2))
     assert not fused_attention.fits(rows.astype(jnp.float32), tokens.astype(jnp.float32))
     assert not fused_attention.fits(rows[:, :12], tokens)
     assert not fused_attention.fits(rows[..., :96], tokens[..., :96])
     assert not fused_attention.fits(jnp.tile(rows, (1, 4, 1)), tokens)
     assert not fused_attention.fits(jnp.tile(rows, 8), jnp.tile(tokens, 8))
     monkeypatch.setattr(fused_attention, "whole", lambda: False)
-    assert not fused_attention.fits(rows, tokens)
+    assert not fused_attention.fits(rows, tokens) and not fused_attention.fits_all(image)
     monkeypatch.setattr(fused_attention, "whole", lambda: True)
     monkeypatch.setattr(fused_attention, "capability", lambda: 8.0)
-    assert not fused_attention.fits(rows, tokens)
+    assert not fused_attention.fits(rows, tokens) and not fused_attention.fits_all(image)
     assert layers.capability() == 0.0  # of a CPU

@@ -13,10 +13,19 @@ from flax.core import meta
 from iqe_jax import train_state
 from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
 from iqe_jax.models import layers
-from iqe_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipConfig, PatchEmbedding, Templates, TextTower, resize_positions
+from iqe_jax.models.clip import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ClipConfig,
+    PatchEmbedding,
+    Templates,
+    TextTower,
+    _image_by_image,
+    resize_positions,
+)
 from iqe_jax.models.iqe_clip import INITIAL_TEMPERATURE, IqeClip, blur_matrix, upsampling_matrix
 from iqe_jax.models.iqm import BERT_EPS, Iqm, QueryAttention, reads
-from iqe_jax.models.layers import ACTIVATIONS, LayerNorm, _image_by_image, product
+from iqe_jax.models.layers import ACTIVATIONS, LayerNorm, product
 from iqe_jax.models.shared import Shared
 from iqe_jax.optim import optimiser
 from iqe_jax.sharding import make_layout

@@ -14,10 +14,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from iqe_jax.models import fused_attention
 from iqe_jax.models.layers import (
+    Attend,
     Block,
     LayerNorm,
-    attend_to_all,
+    capability,
     dense,
     few_attended,
     few_logits,
@@ -92,6 +94,41 @@ class VisionTower(nn.Module):
         class_token = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
         features = dense(width, config.embed_dim, ("embed", None), name="proj", bias=False, dtype=self.dtype)
         return jnp.stack([taps[level] for level in self.levels]), features(class_token)
+
+
+def attend_to_all(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Attention of every token to every token, in the form that is quick where the program will run.
+
+    One CPU takes image after image, so that logits stay in its cache. An NVIDIA GPU takes a fused kernel in half
+    precision: ours where it is the quicker one, else cuDNN's. All else, and several CPU devices, take JAX's own.
+    """
+    forms: dict[str, Attend] = {}
+    if whole() and isinstance(query.shape[0], int):  # an exported program may not know its batch
+        forms["cpu"] = _image_by_image
+    if fused_attention.fits_all(query):
+        forms["cuda"] = fused_attention.attend_to_all
+    elif query.dtype != jnp.float32 and isinstance(query.shape[0], int) and capability() >= 8.0:
+        forms["cuda"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return jax.lax.platform_dependent(query, key, value, **forms, default=jax.nn.dot_product_attention)
+
+
+def _image_by_image(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def image(_: None, arrays: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        q, k, v = (jnp.swapaxes(x, 0, 1) for x in arrays)  # [heads, tokens, head_dim]
+        logits = jnp.einsum("hqe,hke->hqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        attended = jnp.einsum("hqk,hke->hqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        attended = attended / weights.sum(-1, keepdims=True)  # here, since there are fewer of these than weights
+        return None, jnp.swapaxes(attended.astype(v.dtype), 0, 1)
+
+    # XLA works off the images of a loop one by one, and those of one turn of it side by side. With small images that
+    # saves less than it takes to compile.
+    large = query.shape[2] * query.shape[1] ** 2 >= 2**18
+    return jax.lax.scan(image, None, (query, key, value), unroll=8 if large else 1)[1]
 
 
 class PatchEmbedding(nn.Module):

@@ -1,8 +1,9 @@
-"""Softmax attention of a few rows to many tokens in one pass over the tokens, for NVIDIA's Hopper GPUs.
+"""Softmax attention in one pass, for NVIDIA's Hopper GPUs: of a few rows to many tokens, and of all tokens to all.
 
-Two products with a softmax between them read all tokens twice, forth and back, and that is what takes their time. Here
-a block of tokens is read once for both. Each image of each level is one program of the GPU's; logits, weights and sums
-are float32, products have the tokens' type. The kernels are in fused_kernels.py; the same in plain JAX is here.
+Two products with a softmax between them read all tokens twice, forth and back, and with few rows that is what takes
+their time. Here a block of tokens is read once for both. Each image of each level is one program of the GPU's; logits,
+weights and sums are float32, products have the tokens' type. The kernels are in fused_kernels.py; what the first of
+them compute is here in plain JAX.
 """
 
 from functools import partial
@@ -19,7 +20,21 @@ def fits(rows: jax.Array, tokens: jax.Array) -> bool:
     *batch, count, dim = rows.shape
     known = all(isinstance(size, int) for size in (*batch, *tokens.shape))  # an exported program may not know its batch
     sizes = known and count in (16, 32) and dim % 128 == 0 and dim <= 1024
-    return sizes and rows.dtype == tokens.dtype == jnp.bfloat16 and whole() and 9 <= capability() < 10
+    return sizes and rows.dtype == tokens.dtype == jnp.bfloat16 and _one_hopper()
+
+
+def fits_all(tokens: jax.Array) -> bool:
+    """Whether `attend_to_all` can be taken, and is quicker than cuDNN's kernel: so it was found up to 362 tokens.
+
+    That one works in blocks of 128 queries, of which three are needed for the 290 tokens of an image of 240 × 240.
+    """
+    batch, count, _, head_dim = tokens.shape
+    sizes = isinstance(batch, int) and count <= 384 and head_dim in (32, 64)
+    return sizes and tokens.dtype == jnp.bfloat16 and _one_hopper()
+
+
+def _one_hopper() -> bool:
+    return whole() and 9 <= capability() < 10
 
 
 def attend(
@@ -49,6 +64,17 @@ def attend_back(
 
     kernel = partial(fused_kernels.kernel_back, scale=scale)
     return where_nvidia(kernel, partial(plain_back, scale=scale), rows, tokens, gradient, total, mean)
+
+
+def attend_to_all(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Attention of every token to every token of its image, forward only."""
+    from iqe_jax.models import fused_kernels
+
+    return fused_kernels.kernel_all(query, key, value)
 
 
 def plain(rows: jax.Array, tokens: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:

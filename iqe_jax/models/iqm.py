@@ -19,7 +19,7 @@ from iqe_jax.models.layers import (
     dense,
     few_attended,
     few_logits,
-    merged_product,
+    linear,
     parameter,
     split,
 )
@@ -103,7 +103,7 @@ class Projection(nn.Module):
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... heads head_dim"]:
         """Project."""
-        return merged_product("...d,dhe->...he", x.astype(self.dtype), self.kernel()) + self.bias()
+        return linear("...d,dhe->...he", x.astype(self.dtype), self.kernel(), self.bias())
 
 
 class Iqm(nn.Module):

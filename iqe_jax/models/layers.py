@@ -66,18 +66,22 @@ def whole() -> bool:
     return jax.sharding.get_abstract_mesh().size <= 1
 
 
-def merged_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`einsum(equation, x, kernel)`, as a product of matrices where the kernel's axes may be merged.
+def linear(equation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`einsum(equation, x, kernel) + bias`, as a product of matrices where the kernel's axes may be merged.
 
     Contracted over several axes, as the way back of a kernel with heads is, XLA transposes the kernel in memory first.
+    Added to several axes, a bias is written down in full on a GPU, of whose product it is a part when added to one.
     On several devices the axes stay apart, since merging them would move what is split.
     """
     inputs, out = equation.split("->")
     left, right = inputs.removeprefix("...").split(",")[0].removeprefix("..."), inputs.split(",")[1]
     if not whole() or not right.startswith(left) or f"...{right.removeprefix(left)}" != out:
-        return jnp.einsum(equation, x, kernel)
+        y = jnp.einsum(equation, x, kernel)
+        return y if bias is None else y + bias
     lead, size = x.shape[: x.ndim - len(left)], math.prod(kernel.shape[: len(left)])
-    return product(x.reshape(*lead, size), kernel.reshape(size, -1)).reshape(*lead, *kernel.shape[len(left) :])
+    y = product(x.reshape(*lead, size), kernel.reshape(size, -1))
+    y = y if bias is None else y + bias.reshape(-1)
+    return y.reshape(*lead, *kernel.shape[len(left) :])
 
 
 def product(a: Float[Array, "... inner"], b: Float[Array, "inner outer"]) -> Float[Array, "... outer"]:
@@ -138,12 +142,11 @@ class Einsum(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Apply to `x`, computing in `dtype`; parameters stay in float32."""
         kernel = parameter(self, "kernel", self.kernel_init, self.shape, self.axes)
-        y = merged_product(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        bias = None
         if self.bias_dims:
             axes, shape = self.axes[-self.bias_dims :], self.shape[-self.bias_dims :]
-            bias = parameter(self, "bias", nn.initializers.zeros, shape, axes)
-            y = y + bias.astype(self.dtype)
-        return y
+            bias = parameter(self, "bias", nn.initializers.zeros, shape, axes).astype(self.dtype)
+        return linear(self.equation, x.astype(self.dtype), kernel.astype(self.dtype), bias)
 
 
 def dense(in_dim: int, out_dim: int, axes: tuple[str | None, str | None], *, bias: bool = True, **settings) -> Einsum:
@@ -173,39 +176,6 @@ def l2_normalise(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
     """Scale the last axis to unit length, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def attend_to_all(
-    query: Float[Array, "batch tokens heads head_dim"],
-    key: Float[Array, "batch tokens heads head_dim"],
-    value: Float[Array, "batch tokens heads head_dim"],
-) -> Float[Array, "batch tokens heads head_dim"]:
-    """Attention of every token to every token, in the form that is quick where the program will run.
-
-    One CPU takes image after image, so that logits stay in its cache. An NVIDIA GPU takes cuDNN's fused kernel in half
-    precision, which is all that it knows. All else, and several CPU devices, take JAX's own.
-    """
-    forms: dict[str, Attend] = {}
-    if whole() and isinstance(query.shape[0], int):  # an exported program may not know its batch
-        forms["cpu"] = _image_by_image
-    if query.dtype != jnp.float32 and isinstance(query.shape[0], int) and capability() >= 8.0:
-        forms["cuda"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return jax.lax.platform_dependent(query, key, value, **forms, default=jax.nn.dot_product_attention)
-
-
-def _image_by_image(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    def image(_: None, arrays: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        q, k, v = (jnp.swapaxes(x, 0, 1) for x in arrays)  # [heads, tokens, head_dim]
-        logits = jnp.einsum("hqe,hke->hqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        attended = jnp.einsum("hqk,hke->hqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        attended = attended / weights.sum(-1, keepdims=True)  # here, since there are fewer of these than weights
-        return None, jnp.swapaxes(attended.astype(v.dtype), 0, 1)
-
-    # XLA works off the images of a loop one by one, and those of one turn of it side by side. With small images that
-    # saves less than it takes to compile.
-    large = query.shape[2] * query.shape[1] ** 2 >= 2**18
-    return jax.lax.scan(image, None, (query, key, value), unroll=8 if large else 1)[1]
 
 
 def capability() -> float:
@@ -255,14 +225,14 @@ class Qkv(nn.Module):
 
 
 def _one_product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    qkv = merged_product("...w,wche->...che", x, kernel) + bias  # [..., tokens, 3, heads, head_dim]
+    qkv = linear("...w,wche->...che", x, kernel, bias)  # [..., tokens, 3, heads, head_dim]
     query, key, value = jnp.moveaxis(qkv, -3, 0)
     return query, key, value
 
 
 def _three_products(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `_one_product`: cuDNN wants the three apart, and cutting up a product is a pass over it."""
-    query, key, value = (merged_product("...w,whe->...he", x, kernel[:, i]) + bias[i] for i in range(3))
+    query, key, value = (linear("...w,whe->...he", x, kernel[:, i], bias[i]) for i in range(3))
     return query, key, value
 
 
