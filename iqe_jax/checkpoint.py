@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from iqe_jax import processes
 from iqe_jax.config import Config, Rule, from_json, to_json
 from iqe_jax.models.iqe_clip import IqeClip, Params
@@ -139,13 +141,18 @@ class Checkpoints:
     """
 
     def __init__(self, run: RunDirectory):
-        """Open the checkpoints of `run`."""
-        import orbax.checkpoint as ocp
+        """The checkpoints of `run`, which are opened when one is read or written: importing Orbax takes a while."""
+        self._path = (run.path / "checkpoints").resolve()
+        self._opened: Any = None
+        if jax.process_count() > 1:  # they open them together, whatever each of them sees
+            self._manager()
 
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(
-            (run.path / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
+    def _manager(self) -> Any:
+        if self._opened is None:
+            import orbax.checkpoint as ocp
+
+            self._opened = ocp.CheckpointManager(self._path, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        return self._opened
 
     def __enter__(self) -> "Checkpoints":
         """Use as a context: leaving waits for the last write."""
@@ -153,7 +160,8 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         """Wait for the last write and let go."""
-        self._manager.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def restore(self, shapes: TrainState, order: str) -> TrainState | None:
         """The latest checkpoint, laid out as `shapes` say, or None where there is none.
@@ -161,31 +169,37 @@ class Checkpoints:
         `order` says in a word which images stand in which order. Raises ValueError naming the checkpoint when it cannot
         be read, does not fit, or was made on images in another order.
         """
-        step = self._manager.latest_step()
+        if self._opened is None and not self._path.exists():
+            return None
+        manager = self._manager()
+        step = manager.latest_step()
         if step is None:
             return None
-        items = self._args.Composite(state=self._args.StandardRestore(shapes), position=self._args.JsonRestore())  # pyright: ignore
+        from orbax.checkpoint import args
+
+        items = args.Composite(state=args.StandardRestore(shapes), position=args.JsonRestore())  # pyright: ignore
         try:
-            restored = self._manager.restore(step, args=items)
+            restored = manager.restore(step, args=items)
         except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
             raise ValueError(
-                f"checkpoint {self._manager.directory / str(step)} cannot be restored ({error}); "
+                f"checkpoint {self._path / str(step)} cannot be restored ({error}); "
                 "remove that folder to go on from the one before it, or start again without it"
             ) from error
         if restored["position"] != {"step": step, "order": order}:
             raise ValueError(
-                f"checkpoint {self._manager.directory / str(step)} was made on other training images than are "
+                f"checkpoint {self._path / str(step)} was made on other training images than are "
                 "here now; bring those back, or start again with another --run-dir"
             )
         return restored["state"]
 
     def save(self, state: TrainState, order: str) -> None:
         """Start to write `state` under its step, if it is not there yet."""
-        step = int(state.step)
-        if step != self._manager.latest_step():
-            position = self._args.JsonSave({"step": step, "order": order})  # pyright: ignore
-            items = self._args.Composite(state=self._args.StandardSave(state), position=position)  # pyright: ignore
-            self._manager.save(step, args=items)
+        step, manager = int(state.step), self._manager()
+        if step != manager.latest_step():
+            from orbax.checkpoint import args
+
+            position = args.JsonSave({"step": step, "order": order})  # pyright: ignore
+            manager.save(step, args=args.Composite(state=args.StandardSave(state), position=position))  # pyright: ignore
 
 
 def _differences(stored: Config, asked: Config) -> list[str]:

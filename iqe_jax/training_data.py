@@ -7,7 +7,9 @@ import contextlib
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,11 +244,15 @@ def batches_ahead(
     rows: Int[np.ndarray, " rows"],
 ) -> Iterator[tuple[int, Batch]]:
     """Steps `start` … `total` with the `rows` of their batches, which threads gather ahead of their use."""
-    import grain
-
-    steps = grain.MapDataset.range(start, total).map(int)
-    batches = steps.map(lambda step: (step, batch_at(sets, order, step, rows)))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    with ThreadPoolExecutor(2, "batches") as pool:
+        ahead: deque[tuple[int, Future[Batch]]] = deque()
+        for step in range(start, total):
+            ahead.append((step, pool.submit(batch_at, sets, order, step, rows)))
+            if len(ahead) > 4:
+                done, batch = ahead.popleft()
+                yield done, batch.result()
+        for done, batch in ahead:
+            yield done, batch.result()
 
 
 def on_devices(sets: Sequence[FeatureSet], layout: Layout) -> list[Batch] | None:

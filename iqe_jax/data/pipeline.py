@@ -11,9 +11,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
-import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Float32, Int32
 
 from iqe_jax.data.bmad import Sample
@@ -91,8 +89,12 @@ def _image_batches(
     groups = [rows[i : i + batch_size] for i in range(start * batch_size, len(rows), batch_size)]
     if not groups:
         return
+    import grain  # here, as it takes half a second that a start with kept features has no need of
+
     batches = grain.MapDataset.source(groups).map(_DecodeBatch(decode, batch_size))
     if processes and workers:
+        from absl import flags
+
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, which only absl's app.run would have parsed
         workers = min(workers, len(groups))
