@@ -146,3 +146,8 @@ def test_importing_the_package_is_light():
         "print(sorted({'torch', 'transformers', 'scipy.ndimage', 'sklearn', 'grain'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (  # nor are Grain and Orbax, before images are decoded and a checkpoint is opened
+        "from iqe_jax import evaluation; import sys; "
+        "print(sorted({'torch', 'sklearn', 'grain', 'orbax.checkpoint', 'jinja2', 'tensorboardX'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

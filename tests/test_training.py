@@ -222,7 +222,7 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(few_shot, tmp_
             experiment.run_training(broken)
     assert [line["step"] for line in losses(tmp_path)] == list(range(1, 9))
     with Checkpoints(RunDirectory(broken)) as checkpoints:
-        assert checkpoints._manager.latest_step() == 6
+        assert checkpoints._manager().latest_step() == 6
     experiment.run_training(broken)  # goes on from there
     assert len(losses(tmp_path)) == 18
 
