@@ -33,6 +33,7 @@ from iqe_jax.progress import console
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
+AHEAD = 4  # batches that are gathered before their turn
 NORMALS_ONLY = (
     "every term of the loss is then least when all is called normal, so nothing would be learnt. Add some anomalous "
     "images, or train on other sets (--data.shots 0 --data.sources …): for these, normal images alone are enough to "
@@ -248,7 +249,7 @@ def batches_ahead(
         ahead: deque[tuple[int, Future[Batch]]] = deque()
         for step in range(start, total):
             ahead.append((step, pool.submit(batch_at, sets, order, step, rows)))
-            if len(ahead) > 4:
+            if len(ahead) > AHEAD:
                 done, batch = ahead.popleft()
                 yield done, batch.result()
         for done, batch in ahead:

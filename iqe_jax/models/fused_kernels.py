@@ -52,7 +52,7 @@ def kernel_all(query: jax.Array, key: jax.Array, value: jax.Array, **settings) -
 
 
 def _all(query_ref, key_ref, value_ref, out_ref, *, scale: float) -> None:
-    """As `_forth`, with a block of queries for the rows. Powers are of two, which is what the GPU has."""
+    """As `_forth`, with a block of queries for the rows. Exponentials are powers of two, as the GPU has them."""
     tokens, dim = query_ref.shape
 
     def block(i) -> tuple[jax.Array, Any]:
