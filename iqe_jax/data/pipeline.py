@@ -8,6 +8,7 @@ import atexit
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
@@ -89,8 +90,7 @@ def _image_batches(
     groups = [rows[i : i + batch_size] for i in range(start * batch_size, len(rows), batch_size)]
     if not groups:
         return
-    import grain  # here, as it takes half a second that a start with kept features has no need of
-
+    grain = _grain()
     batches = grain.MapDataset.source(groups).map(_DecodeBatch(decode, batch_size))
     if processes and workers:
         from absl import flags
@@ -113,9 +113,18 @@ def _image_batches(
             yield cast(ImageBatch, batch)
 
 
-@atexit.register
+@cache
+def _grain():
+    """Grain, whose import takes half a second that a start with kept features has no need of."""
+    import grain
+
+    # A script may end in mid-iteration. Left to the interpreter, Grain's clean-up fails: modules are gone by then. Said
+    # after its import, this is done before what Grain and multiprocessing do at the end.
+    atexit.register(_close_all)
+    return grain
+
+
 def _close_all() -> None:
-    # A script may end in mid-iteration. Left to the interpreter, Grain's clean-up fails: modules are gone by then.
     for batches in list(_live):
         with suppress(ValueError):  # being run by another thread at this moment
             batches.close()
