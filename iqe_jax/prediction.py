@@ -6,7 +6,6 @@ them. Reading scans is data/scans.py's work, writing maps scan_maps.py's, what i
 """
 
 import secrets
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float, Float32, UInt8, UInt16
 
+from iqe_jax.data.pipeline import results_ahead
 from iqe_jax.data.scans import MAX_PIXELS, Scan, ScanError, open_scan, printable
 from iqe_jax.ledger import Item, Ledger, find, itemise
 
@@ -208,7 +208,7 @@ class _Job:
 
     def _frames(self, items: list[Item]) -> Iterator[_Loaded]:
         """All frames in order, decoded ahead in threads; a file that cannot be opened is one fault."""
-        opened = _ahead(self.pool, ((0, partial(self._open, item)) for item in items), depth=self.options.workers)
+        opened = results_ahead(self.pool, ((0, partial(self._open, item)) for item in items), self.options.workers)
 
         def jobs() -> Iterator[tuple[int, Callable[[], _Loaded]]]:
             for work in opened:
@@ -221,7 +221,7 @@ class _Job:
                             break
                         yield height * width, partial(self._decode, work, index)
 
-        return _ahead(self.pool, jobs(), depth=2 * self.options.batch_size)
+        return results_ahead(self.pool, jobs(), 2 * self.options.batch_size, _IN_FLIGHT)
 
     def _open(self, item: Item) -> _Work:
         options = self.options
@@ -316,21 +316,6 @@ def _in(out: Path, relative: str) -> Path:
     path = out / relative
     path.parent.mkdir(exist_ok=True)
     return path
-
-
-def _ahead(pool: ThreadPoolExecutor, jobs: Iterable[tuple[int, Callable[[], Any]]], depth: int) -> Iterator[Any]:
-    """The results of `jobs`, (pixels, what to call), in order; up to `depth` of them and so many pixels run ahead."""
-    waiting: deque[tuple[int, Future]] = deque()
-    held = 0
-    for pixels, job in jobs:
-        waiting.append((pixels, pool.submit(job)))
-        held += pixels
-        while len(waiting) > depth or (held > _IN_FLIGHT and len(waiting) > 1):
-            pixels, future = waiting.popleft()
-            held -= pixels
-            yield future.result()
-    for _, future in waiting:
-        yield future.result()
 
 
 def _batches(frames: Iterable[_Loaded], size: int) -> Iterator[tuple[list[_Loaded], bool]]:

@@ -7,10 +7,10 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from iqe_jax.cache import cache_dir
 from iqe_jax.config import Config
 from iqe_jax.data import phantoms
 from iqe_jax.data.bmad import Sample, load_split
-from iqe_jax.data.pipeline import FewShotBatches, IndexBatch, LeaveOneOutBatches, image_batches
+from iqe_jax.data.pipeline import FewShotBatches, IndexBatch, LeaveOneOutBatches, image_batches, results_ahead
 from iqe_jax.data.supports import draw_support, held_out, read_support
 from iqe_jax.data.transforms import AUGMENTATIONS, augment
 from iqe_jax.features import Check, FeatureSet
@@ -246,14 +246,8 @@ def batches_ahead(
 ) -> Iterator[tuple[int, Batch]]:
     """Steps `start` … `total` with the `rows` of their batches, which threads gather ahead of their use."""
     with ThreadPoolExecutor(2, "batches") as pool:
-        ahead: deque[tuple[int, Future[Batch]]] = deque()
-        for step in range(start, total):
-            ahead.append((step, pool.submit(batch_at, sets, order, step, rows)))
-            if len(ahead) > AHEAD:
-                done, batch = ahead.popleft()
-                yield done, batch.result()
-        for done, batch in ahead:
-            yield done, batch.result()
+        jobs = ((0, partial(batch_at, sets, order, step, rows)) for step in range(start, total))
+        yield from zip(range(start, total), results_ahead(pool, jobs, AHEAD), strict=True)
 
 
 def on_devices(sets: Sequence[FeatureSet], layout: Layout) -> list[Batch] | None:

@@ -6,17 +6,21 @@ Arrays are NumPy's: putting them on devices, and looking up features by index, i
 
 import atexit
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.transforms import load_image, load_pair, region_shares
+
+T = TypeVar("T")
 
 _live: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # iterations that have not been dropped
 
@@ -170,6 +174,23 @@ class _DecodeBatch(NamedTuple):
                     batch["region"][slot] = region_shares(marks)
             batch["label"][slot], batch["weight"][slot], batch["index"][slot] = label, 1, index
         return batch
+
+
+def results_ahead(
+    pool: Executor, jobs: Iterable[tuple[int, Callable[[], T]]], depth: int, room: float = float("inf")
+) -> Iterator[T]:
+    """The results of `jobs`, (size, what to call), in order; up to `depth` of them and sizes up to `room` run ahead."""
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    held = 0
+    for size, job in jobs:
+        waiting.append((size, pool.submit(job)))
+        held += size
+        while len(waiting) > depth or (held > room and len(waiting) > 1):
+            size, future = waiting.popleft()
+            held -= size
+            yield future.result()
+    for _, future in waiting:
+        yield future.result()
 
 
 class _Plan(NamedTuple):

@@ -10,10 +10,10 @@ batches.py; the towers are the project's own, and the result is a Hugging Face C
 import multiprocessing
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import tyro
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from iqe_jax.data.pipeline import results_ahead
 from iqe_jax.models.clip import ClipConfig, TextTower, VisionTower
 from iqe_jax.models.layers import LayerNorm, l2_normalise
 
@@ -140,12 +141,9 @@ def _drawn(folder: Path, seed: int, sides: list[int]) -> Iterator[dict[str, Arra
     """The batches of all steps, drawn ahead by a worker process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        ahead: deque[Future] = deque()
-        for step in range(len(sides) + 4):
-            if step < len(sides):
-                ahead.append(pool.submit(batches.draw_batch, str(folder), seed, step, BATCH, sides[step]))
-            if step >= 4:
-                yield asdict(ahead.popleft().result())
+        draw = partial(batches.draw_batch, str(folder), seed)
+        jobs = ((0, partial(draw, step, BATCH, side)) for step, side in enumerate(sides))
+        yield from map(asdict, results_ahead(pool, jobs, 4))
 
 
 def held_out(params: dict[str, Any], config: ClipConfig, folder: Path, seed: int, count: int = 4) -> dict[str, float]:
