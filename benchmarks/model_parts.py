@@ -22,7 +22,7 @@ from iqe_jax.detector import _predict as infer  # pyright: ignore[reportPrivateU
 from iqe_jax.features import kept_dtype
 from iqe_jax.footprint import in_bytes
 from iqe_jax.models.clip import attend_to_all
-from iqe_jax.models.iqe_clip import Features, IqeClip
+from iqe_jax.models.iqe_clip import Features, IqeClip, _exact_products  # pyright: ignore[reportPrivateUsage]
 from iqe_jax.models.iqm import reads
 from iqe_jax.models.layers import TOWER_OPTIONS, product
 from iqe_jax.models.shared import Shared
@@ -209,13 +209,13 @@ def _query_module(parts: Parts, calls: Any, flops: Any) -> None:
     head = jax.jit(model.head)(parts.trainable, {"text": parts.frozen["text"]}, parts.features)
     adapter = model._adapter()  # pyright: ignore[reportPrivateUsage]
 
-    def queries(params: Any, query_tokens: jax.Array, dense_features: jax.Array, text: jax.Array) -> Any:
+    @_exact_products
+    def queries(_: IqeClip, params: Any, query_tokens: jax.Array, dense_features: jax.Array, text: jax.Array) -> Any:
         patches = Shared(dense_features, reads(config.iqm_layers, config.iqm_heads))
-        with jax.default_matmul_precision("float32" if config.dtype == "float32" else "default"):  # as in the head
-            return adapter.apply({"params": params}, query_tokens, patches, text, method="queries")
+        return adapter.apply({"params": params}, query_tokens, patches, text, method="queries")
 
     given = [head[name] for name in ("query_tokens", "dense_features", "text_embeddings")]
-    calls[QUERY_MODULE, "ours"] = partial(jax.jit(queries), parts.trainable, *given)
+    calls[QUERY_MODULE, "ours"] = partial(jax.jit(queries, static_argnums=0), model, parts.trainable, *given)
     flops[QUERY_MODULE, "ours"] = cost.query_module(model, parts.batch)  # compilers see into no kernel of our own
 
 

@@ -107,11 +107,12 @@ def attend_to_all(
     precision: ours where it is the quicker one, else cuDNN's. All else, and several CPU devices, take JAX's own.
     """
     forms: dict[str, Attend] = {}
-    if whole() and isinstance(query.shape[0], int):  # an exported program may not know its batch
+    known = isinstance(query.shape[0], int)  # an exported program may not know its batch
+    if known and whole():
         forms["cpu"] = _image_by_image
     if fused_attention.fits_all(query):
-        forms["cuda"] = fused_attention.attend_to_all
-    elif query.dtype != jnp.float32 and isinstance(query.shape[0], int) and capability() >= 8.0:
+        forms["cuda"] = fused_attention.attend_all
+    elif known and query.dtype != jnp.float32 and capability() >= 8.0:
         forms["cuda"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
     return jax.lax.platform_dependent(query, key, value, **forms, default=jax.nn.dot_product_attention)
 

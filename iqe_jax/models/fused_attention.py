@@ -1,9 +1,8 @@
 """Softmax attention in one pass, for NVIDIA's Hopper GPUs: of a few rows to many tokens, and of all tokens to all.
 
 Two products with a softmax between them read all tokens twice, forth and back, and with few rows that is what takes
-their time. Here a block of tokens is read once for both. Each image of each level is one program of the GPU's; logits,
-weights and sums are float32, products have the tokens' type. The kernels are in fused_kernels.py; what the first of
-them compute is here in plain JAX.
+their time. Here a block of tokens is read once for both; logits, weights and sums are float32, products have the
+tokens' type. The kernels are in fused_kernels.py; attention of a few rows is here in plain JAX as well.
 """
 
 from functools import partial
@@ -24,7 +23,7 @@ def fits(rows: jax.Array, tokens: jax.Array) -> bool:
 
 
 def fits_all(tokens: jax.Array) -> bool:
-    """Whether `attend_to_all` can be taken, and is quicker than cuDNN's kernel: so it was found up to 362 tokens.
+    """Whether `attend_all` can be taken, and is quicker than cuDNN's kernel: so it was found up to 362 tokens.
 
     That one works in blocks of 128 queries, of which three are needed for the 290 tokens of an image of 240 × 240.
     """
@@ -66,7 +65,7 @@ def attend_back(
     return where_nvidia(kernel, partial(plain_back, scale=scale), rows, tokens, gradient, total, mean)
 
 
-def attend_to_all(
+def attend_all(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
     value: Float[Array, "batch tokens heads head_dim"],

@@ -36,7 +36,7 @@ def kernel_back(
 
 
 def kernel_all(query: jax.Array, key: jax.Array, value: jax.Array, **settings) -> jax.Array:
-    """`fused_attention.attend_to_all` as one kernel, a program for each block of queries of each head of each image."""
+    """`fused_attention.attend_all` as one kernel, a program for each block of queries of each head of each image."""
     batch, tokens, heads, dim = query.shape
     one = pl.BlockSpec((None, tokens, None, dim), lambda block, head, image: (image, 0, head, 0))
     return pl.pallas_call(

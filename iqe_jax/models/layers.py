@@ -69,6 +69,7 @@ def whole() -> bool:
 def linear(equation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`einsum(equation, x, kernel) + bias`, as a product of matrices where the kernel's axes may be merged.
 
+    A bias has all axes of the kernel that are not contracted.
     Contracted over several axes, as the way back of a kernel with heads is, XLA transposes the kernel in memory first.
     Added to several axes, a bias is written down in full on a GPU, of whose product it is a part when added to one.
     On several devices the axes stay apart, since merging them would move what is split.
@@ -128,13 +129,13 @@ def where_nvidia(form: Callable[..., T], otherwise: Callable[..., T], *arrays: j
 class Einsum(nn.Module):
     """`einsum(equation, x, kernel) + bias`: a linear map with any number of named axes.
 
-    The bias has the kernel's trailing `bias_dims` axes; 0 leaves it out.
+    The bias has the kernel's axes that the result keeps.
     """
 
     equation: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    bias_dims: int = 1
+    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     kernel_init: Initializer = fan_in_normal
 
@@ -143,15 +144,17 @@ class Einsum(nn.Module):
         """Apply to `x`, computing in `dtype`; parameters stay in float32."""
         kernel = parameter(self, "kernel", self.kernel_init, self.shape, self.axes)
         bias = None
-        if self.bias_dims:
-            axes, shape = self.axes[-self.bias_dims :], self.shape[-self.bias_dims :]
-            bias = parameter(self, "bias", nn.initializers.zeros, shape, axes).astype(self.dtype)
+        if self.use_bias:
+            kept = len(self.equation.split("->...")[1])
+            bias = parameter(self, "bias", nn.initializers.zeros, self.shape[-kept:], self.axes[-kept:]).astype(
+                self.dtype
+            )
         return linear(self.equation, x.astype(self.dtype), kernel.astype(self.dtype), bias)
 
 
 def dense(in_dim: int, out_dim: int, axes: tuple[str | None, str | None], *, bias: bool = True, **settings) -> Einsum:
     """A Dense layer, `[..., in_dim] → [..., out_dim]`, as an Einsum; `settings` are Einsum's own."""
-    return Einsum("...i,io->...o", (in_dim, out_dim), axes, bias_dims=int(bias), **settings)
+    return Einsum("...i,io->...o", (in_dim, out_dim), axes, use_bias=bias, **settings)
 
 
 class LayerNorm(nn.Module):
@@ -231,7 +234,7 @@ def _one_product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.
 
 
 def _three_products(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `_one_product`: cuDNN wants the three apart, and cutting up a product is a pass over it."""
+    """As `_one_product`: a GPU's attention wants the three apart, and cutting up a product is a pass over it."""
     query, key, value = (linear("...w,whe->...he", x, kernel[:, i], bias[i]) for i in range(3))
     return query, key, value
 
