@@ -146,9 +146,8 @@ class Einsum(nn.Module):
         bias = None
         if self.use_bias:
             kept = len(self.equation.split("->...")[1])
-            bias = parameter(self, "bias", nn.initializers.zeros, self.shape[-kept:], self.axes[-kept:]).astype(
-                self.dtype
-            )
+            shape, axes = self.shape[-kept:], self.axes[-kept:]
+            bias = parameter(self, "bias", nn.initializers.zeros, shape, axes).astype(self.dtype)
         return linear(self.equation, x.astype(self.dtype), kernel.astype(self.dtype), bias)
 
 
