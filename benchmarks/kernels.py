@@ -16,6 +16,7 @@ CALLS = 3
 KINDS = {
     "attention of the image tower": "cudnn|attention_to_all",
     "attention of the query module, one pass": "fused_attention",
+    "gradient of the dense features, one pass": "tokens_gradient",
     "products, Triton": "gemm_fusion",
     "products, cuBLAS": "nvjet|cutlass|gemm|gemv|cublas",
     "sums, maxima and norms": "reduce|^fusion|softmax",

@@ -57,7 +57,8 @@ class Report:
     """All rows and targets of a run, in order, and the matrix-product rate in FLOP/s that fractions are of."""
 
     repeats: int
-    turn: float = 0.0  # seconds that a turn takes at least, see `in_turns`
+    turn: float = 0.0  # seconds that a turn takes at least; this and the next are those of `in_turns`
+    ahead: bool = False
     rows: list[Row] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     matrix_rate: float | None = None
@@ -79,26 +80,26 @@ class Report:
 
 
 def in_turns(
-    calls: Mapping[Key, Callable[[], Any]], repeats: int, at_once: int = 1, turn: float = 0.0
+    calls: Mapping[Key, Callable[[], Any]], repeats: int, turn: float = 0.0, ahead: bool = False
 ) -> dict[Key, list[float]]:
     """Seconds a call of each, `repeats` times, taken in turns after one that compiles and warms up.
 
-    In turns, so that a machine that slows down on the way slows them all down. Calls are made `at_once` and only what
-    the last returns is waited for: a device of its own works them off one after the other. A turn is as many of those
-    as take `turn` seconds, as training and evaluation go on and on, and one short call by itself says little.
+    In turns, so that a machine that slows down on the way slows them all down. A turn is one call, or as many as take
+    `turn` seconds: training and evaluation go on and on, and one short call by itself says little. `ahead` is for a
+    device of its own: as they do, each call is given to it before the last is waited for.
     """
     for call in calls.values():
         jax.block_until_ready(call())
     times: dict[Key, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            start, done, taken = time.perf_counter(), 0, 0.0
-            while not done or taken < turn:
-                for _ in range(at_once - 1):
-                    call()
-                jax.block_until_ready(call())
-                done, taken = done + at_once, time.perf_counter() - start
-            times[name].append(taken / done)
+            start, done, running = time.perf_counter(), 0, None
+            while not done or time.perf_counter() - start < turn:
+                given = call()
+                jax.block_until_ready(running if ahead else given)
+                running, done = given, done + 1
+            jax.block_until_ready(running)
+            times[name].append((time.perf_counter() - start) / done)
     return times
 
 

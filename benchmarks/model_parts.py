@@ -35,15 +35,9 @@ TOWER_SHARE, INFERENCE_SHARE, MATRIX_SHARE = 0.07, 1.05, 0.8
 TOWER_PEAK, INFERENCE_PEAK, STEP_RATE = 0.5, 0.45, 10
 # Dense bfloat16 FLOP/s of NVIDIA's data sheets (H100 SXM, H200 SXM), by the names that the devices give themselves.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-AT_ONCE = 5  # calls on a device of its own, as training and evaluation give it one after the other
 PEER_IMAGES = 128  # on a GPU, as PyTorch's textbook head keeps much more for the way back
 ATTENTION, TEXT, QUERY_MODULE = "tower's attention, a block", "text, prompted", "query module (IQM)"
 STEP = "training step, kept features"
-
-
-def at_once(device: str) -> int:
-    """Calls made one after the other on `--device` before the last is waited for."""
-    return 1 if device == "cpu" else AT_ONCE
 
 
 def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: str) -> None:
@@ -53,7 +47,7 @@ def matrix_rate(report: Report, model: IqeClip, size: int, torch: Any, device: s
     calls: dict[str, Callable[[], Any]] = {"ours": partial(ours, a)}
     if torch is not None:
         calls["PyTorch"] = peers.product(size, model.config.dtype, peers.device_name(device))
-    for name, times in in_turns(calls, max(report.repeats, 3), at_once(device), report.turn).items():
+    for name, times in in_turns(calls, max(report.repeats, 3), report.turn, report.ahead).items():
         row = report.add("matrix product", f"{name}, {size} × {size}", times, flops=2.0 * size**3)
         if name == "ours":
             report.matrix_rate = 2.0 * size**3 / row.median
@@ -164,7 +158,7 @@ def measure(parts: Parts, report: Report, torch: Any, wanted: set[str]) -> None:
         _peers(parts, calls, flops, wanted)
     order = list(dict.fromkeys(section for section, _ in calls))
     calls = dict(sorted(calls.items(), key=lambda call: order.index(call[0][0])))  # each beside its peer
-    for (section, name), seconds in in_turns(calls, report.repeats, at_once(parts.device), report.turn).items():
+    for (section, name), seconds in in_turns(calls, report.repeats, report.turn, report.ahead).items():
         images = parts.peer_images if name == "PyTorch" else parts.batch
         report.add(section, name, seconds, images=images, flops=flops.get((section, name)))
     report.facts["batch"] = parts.batch

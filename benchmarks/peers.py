@@ -5,7 +5,6 @@ one writes first. Weights are random, since only the time is looked at. Torch is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,19 +12,22 @@ import numpy as np
 from iqe_jax.models.iqe_clip import IqeClip
 
 
-@dataclass(frozen=True)
 class Pending:
     """What PyTorch has been told to compute; it is waited for as JAX's arrays are. `found` is all that came with it."""
 
-    value: Any
-    found: Any = None
-
-    def block_until_ready(self) -> None:
-        """Wait for all that the value's GPU was told to do; a CPU has done it already."""
-        if self.value.is_cuda:
+    def __init__(self, value: Any, found: Any = None) -> None:
+        """Mark where `value` stands among what its GPU was told to do; a CPU has done it already."""
+        self.value, self.found, self._done = value, found, None
+        if value.is_cuda:
             import torch
 
-            torch.cuda.synchronize()
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def block_until_ready(self) -> None:
+        """Wait for it, and not for what came after."""
+        if self._done is not None:
+            self._done.synchronize()
 
 
 def torch_or_none(threads: int) -> Any:

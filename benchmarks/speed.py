@@ -21,7 +21,8 @@ from rich.table import Table
 Part = Literal["tower", "attention", "text", "iqm", "head", "inference", "training"]
 Section = Literal["matrix", Part, "pixels", "input", "imports", "start"]
 MODEL_SECTIONS = set(get_args(Part))
-TURN = 6.0  # seconds of a turn on a CPU at full size: about half of the tower's call, several of a training step
+# Seconds of a turn at full size. On a CPU that is about one of the tower's calls, and several training steps.
+TURN, TURN_ON_DEVICE = 6.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def run(options: Options) -> Any:
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
     full = options.size == "full"
     wanted: set[str] = set(options.only or get_args(Section))
-    report = Report(options.repeats, TURN if full and options.device == "cpu" else 0.0)
+    on_cpu = options.device == "cpu"
+    report = Report(options.repeats, (TURN if on_cpu else TURN_ON_DEVICE) if full else 0.0, not on_cpu)
     report.facts |= machine(options)
     torch = peers.torch_or_none(options.threads)
     if torch is not None:
@@ -76,7 +78,7 @@ def run(options: Options) -> Any:
     model = describe(config.model)
     if "matrix" in wanted:
         console.print("Matrix product …")
-        size = (4096 if options.device == "cpu" else 8192) if full else 512
+        size = (4096 if on_cpu else 8192) if full else 512
         model_parts.matrix_rate(report, model, size, torch, options.device)
     parts = None
     if wanted & (MODEL_SECTIONS | {"input"}):
