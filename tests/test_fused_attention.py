@@ -49,18 +49,36 @@ def test_kernels_are_the_formula_and_its_gradient(tokens, dim, rows, dtype, tole
         assert distance(factors, of_tokens) < tolerance
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("tokens, dim, rows", [(41, 384, (16, 32, 2)), (7, 128, (16,))])
+def test_kernel_of_the_gradient_is_its_sum(tokens, dim, rows, dtype, tolerance):
+    draw, shapes = np.random.default_rng(2), [(3, tokens, dim), (3, 1, dim), (3, tokens)]
+    shapes += [shape for count in rows for shape in ((3, tokens, count), (3, count, dim))]
+    arrays = [jnp.asarray(draw.standard_normal(shape, np.float32), dtype) for shape in shapes]
+    array, bias, shares, *factors = (np.asarray(x, np.float64) for x in arrays)
+    expected = shares[..., None] * (array + bias)
+    expected += sum(left @ right for left, right in zip(factors[::2], factors[1::2], strict=True))
+    for found in (
+        fused_kernels.kernel_gradient(*arrays, interpret=True),
+        fused_attention.plain_gradient(*arrays),
+    ):
+        assert found.dtype == dtype
+        assert distance(found, expected) < tolerance
+
+
 def test_shared_attends_the_same_with_and_without_the_kernels(monkeypatch):
-    def loss(rows, tokens):
-        shared = Shared(tokens, (16, 16, 16))
+    def loss(rows, tokens, bias):
+        shared = Shared(tokens, (16, 16, 16), bias)
         attended, total = shared.attend(rows, SCALE)
-        return (jnp.sin(attended).sum() + total.sum() + shared.dot(rows + attended).std()).astype(jnp.float32)
+        return (jnp.sin(attended).sum() + total.sum() + shared.unit_dot(rows + attended).std()).astype(jnp.float32)
 
     rows, tokens, _ = drawn(4, 9, 128, 16, jnp.float32)
     rows, tokens = rows.reshape(2, 2, 16, 128), tokens.reshape(2, 2, 9, 128)
+    bias = tokens[:, :1, :1] / 2
     found = []
     for fits in (False, True):
         monkeypatch.setattr(fused_attention, "fits", lambda *_, fits=fits: fits)
-        found.append(jax.value_and_grad(loss, (0, 1))(rows, tokens))
+        found.append(jax.value_and_grad(loss, (0, 1, 2))(rows, tokens, bias))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 

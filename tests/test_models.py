@@ -216,20 +216,27 @@ def test_folding_changes_neither_values_nor_gradients(dropout):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), one, other)
 
 
-def test_gradient_of_a_shared_array_is_that_of_each_product_by_itself():
+def test_gradient_of_shared_tokens_is_that_of_each_product_by_itself():
     draw = np.random.default_rng(8)
-    array, x, weights = (draw.normal(size=s).astype(np.float32) for s in ((2, 7, 16), (2, 3, 16), (2, 7, 5)))
+    array, bias, x = (draw.normal(size=s).astype(np.float32) for s in ((2, 7, 16), (1, 1, 16), (2, 3, 16)))
 
-    def total(array, x, weights, together):
-        read = Shared(array, (3, 5, 3)) if together else None
-        dot = read.dot if read else lambda x: array @ x.swapaxes(-1, -2)
-        mix = read.mix if read else lambda weights: weights.swapaxes(-1, -2) @ array
-        other = read.array if read else array  # read otherwise, too
-        return (dot(x) ** 2).sum() + (mix(weights) ** 3).sum() + (dot(2 * x) * x[0, 0, 0]).sum() + (other**2).sum()
+    def attend(x, tokens):
+        weights = jax.nn.softmax(jnp.einsum("brd,bld->blr", x, tokens) / 4, 1)
+        return jnp.einsum("blr,bld->brd", weights, tokens)
 
-    gradient = jax.jit(jax.grad(total, (0, 1, 2)), static_argnums=3)
+    def total(array, bias, x, together):
+        read, tokens = Shared(array, (3, 3, 1, 1, 4), bias), array + bias
+        one = read.attend(x, 0.25)[0] if together else attend(x, tokens)
+        other = read.attend(one[:, :1] * x[0, 0], 0.25)[0] if together else attend(one[:, :1] * x[0, 0], tokens)
+        axes = jnp.concatenate([one, other], 1)
+        unit = tokens / jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+        found = read.unit_dot(axes) if together else jnp.einsum("bld,brd->blr", unit, axes)
+        tokens = read.tokens() if together else tokens  # read otherwise, too
+        return (found**3).sum() + (one**2).sum() + (other**3).sum() + (tokens**2).sum()
+
+    gradient = jax.jit(jax.value_and_grad(total, (0, 1, 2)), static_argnums=3)
     with jax.default_matmul_precision("float32"):
-        one, other = (gradient(array, x, weights, together) for together in (True, False))
+        one, other = (gradient(array, bias, x, together) for together in (True, False))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)
 
 

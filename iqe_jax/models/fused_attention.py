@@ -2,16 +2,19 @@
 
 Two products with a softmax between them read all tokens twice, forth and back, and with few rows that is what takes
 their time. Here a block of tokens is read once for both; logits, weights and sums are float32, products have the
-tokens' type. The kernels are in fused_kernels.py; attention of a few rows is here in plain JAX as well.
+tokens' type. And what such products hand back for the tokens' gradient is summed up in one pass (see shared.py). The
+kernels are in fused_kernels.py; all but attention of all to all is here in plain JAX as well.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iqe_jax.models.layers import capability, where_nvidia, whole
+from iqe_jax.models.layers import capability, precision, where_nvidia, whole
 
 
 def fits(rows: jax.Array, tokens: jax.Array) -> bool:
@@ -76,6 +79,25 @@ def attend_all(
     return fused_kernels.kernel_all(query, key, value)
 
 
+def gradient(
+    array: Float[Array, "*batch token dim"],
+    bias: Float[Array, "*batch 1 dim"],
+    shares: Float[Array, "*batch token"],
+    factors: Sequence[tuple[Float[Array, "*batch token row"], Float[Array, "*batch row dim"]]],
+) -> Float[Array, "*batch token dim"]:
+    """The sum of the products of all factors, and of the tokens `array + bias` by their `shares`."""
+    every = (array, bias, shares, *chain.from_iterable(factors))
+    if not fits(factors[0][1], array):
+        return plain_gradient(*every)
+    from iqe_jax.models import fused_kernels
+
+    def kernel(*arrays: jax.Array) -> jax.Array:
+        flat = (x.reshape(-1, *x.shape[array.ndim - 2 :]) for x in arrays)
+        return fused_kernels.kernel_gradient(*flat).reshape(array.shape)
+
+    return where_nvidia(kernel, plain_gradient, *every)
+
+
 def plain(rows: jax.Array, tokens: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """`attend` in plain JAX."""
     logits = jnp.einsum("nld,nrd->nlr", tokens, rows, preferred_element_type=jnp.float32) * scale
@@ -92,3 +114,13 @@ def plain_back(
     weights = jnp.exp(product(rows) * scale - total[:, None])
     logits = (weights * (product(gradient) - mean[:, None]) * scale).astype(tokens.dtype)
     return jnp.einsum("nlr,nld->nrd", logits, tokens), weights.astype(tokens.dtype), logits
+
+
+def plain_gradient(array: jax.Array, bias: jax.Array, shares: jax.Array, *factors: jax.Array) -> jax.Array:
+    """`gradient` in plain JAX; the factors one after the other."""
+    left, right = jnp.concatenate(factors[::2], -1), jnp.concatenate(factors[1::2], -2)
+    if array.dtype != jnp.float32:  # tensor cores are fed in eights
+        more, whole = (0, -left.shape[-1] % 8), ((0, 0),) * (left.ndim - 2)
+        left, right = jnp.pad(left, (*whole, (0, 0), more)), jnp.pad(right, (*whole, more, (0, 0)))
+    product = jnp.matmul(left, right, precision=precision(array))
+    return product + (shares[..., None] * (array + bias)).astype(array.dtype)

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Tokens in a block, warps, and blocks on their way: the quickest on an H200, and those of `kernel_all` on an H100.
-BLOCK, WARPS, STAGES = 32, 4, 2
+# Tokens in a block, columns in a part of the width, warps, and blocks on their way: the quickest on an H200, and on an
+# H100 those that only `kernel_all` and `kernel_gradient` have.
+BLOCK, PART, WARPS, STAGES = 32, 256, 4, 2
 BLOCK_ALL, WARPS_ALL, STAGES_ALL = 64, 4, 3
+STAGES_GRADIENT = 3
 
 
 def kernel(rows: jax.Array, tokens: jax.Array, scale: float, **settings) -> tuple[jax.Array, jax.Array]:
@@ -49,6 +52,32 @@ def kernel_all(query: jax.Array, key: jax.Array, value: jax.Array, **settings) -
         name="attention_to_all",
         **settings,
     )(query, key, value)
+
+
+def kernel_gradient(
+    tokens: jax.Array, bias: jax.Array, shares: jax.Array, *factors: jax.Array, **settings
+) -> jax.Array:
+    """`fused_attention.gradient` as one kernel, a program for each entry and part of the width."""
+    batch, _, dim = tokens.shape
+    part = math.gcd(dim, PART)
+
+    def whole(x: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, *(0,) * (x.ndim - 1)))
+
+    def columns(x: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, x.shape[1], part), lambda n, i: (n, 0, i))
+
+    sides = [form(x) for x, form in zip(factors, cycle((whole, columns)), strict=False)]  # left, right, left, …
+    return pl.pallas_call(
+        _gradient,
+        grid=(batch, dim // part),
+        in_specs=[columns(tokens), columns(bias), whole(shares), *sides],
+        out_specs=columns(tokens),
+        out_shape=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES_GRADIENT),
+        name="tokens_gradient",
+        **settings,
+    )(tokens, bias, shares, *factors)
 
 
 def _all(query_ref, key_ref, value_ref, out_ref, *, scale: float) -> None:
@@ -101,7 +130,7 @@ def _call(body, scale: float, shapes: list[jax.ShapeDtypeStruct], *arrays: jax.A
 
 def _columns(dim: int) -> list:
     """The width in parts whose sizes are powers of two, as Triton's arrays have to be."""
-    part = math.gcd(dim, 256)
+    part = math.gcd(dim, PART)
     return [pl.ds(start, part) for start in range(0, dim, part)]
 
 
@@ -160,3 +189,25 @@ def _back(
     sums = jax.lax.fori_loop(0, pl.cdiv(tokens_ref.shape[0], BLOCK), body, empty)
     for c, a in zip(columns, sums, strict=True):
         back_ref[:, c] = a.astype(back_ref.dtype)
+
+
+def _gradient(tokens_ref, bias_ref, shares_ref, *refs) -> None:
+    """The right factors stay; rows are filled up to 16 or 32, of which tensor cores take no fewer."""
+    *factors, out_ref = refs
+    bias = bias_ref[...].astype(jnp.float32)
+    held = []
+    for left_ref, right_ref in zip(factors[::2], factors[1::2], strict=True):
+        size = max(16, pl.next_power_of_2(right_ref.shape[0]))
+        span, there = pl.ds(0, size), jnp.arange(size) < right_ref.shape[0]
+        held.append((left_ref, span, there, triton.load(right_ref.at[span, :], mask=there[:, None], other=0.0)))
+
+    def body(i, _) -> None:
+        there, (tokens,), place = _block(tokens_ref, i, [slice(None)])
+        shares = triton.load(shares_ref.at[place[0]], mask=there, other=0.0)
+        total = shares[:, None] * (tokens + bias)
+        for left_ref, span, rows, right in held:
+            mask = there[:, None] & rows[None]
+            total += triton.dot(triton.load(left_ref.at[place[0], span], mask=mask, other=0.0), right)
+        triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=there[:, None])
+
+    jax.lax.fori_loop(0, pl.cdiv(tokens_ref.shape[0], BLOCK), body, None)

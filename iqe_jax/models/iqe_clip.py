@@ -170,7 +170,7 @@ class IqeClip:
         """
         adapter = self._adapter(dropout)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        dense_features, prompts = _apply(
+        (dense_features, bias), prompts = _apply(
             adapter, trainable, features.patch_tokens, features.image_features, method="tokens"
         )
         dense_features = split(dense_features, None, "batch", None, None)
@@ -183,7 +183,7 @@ class IqeClip:
         text_embeddings = l2_normalise(_apply(text, frozen["text"], normed, method="project"))
         text_embeddings = split(text_embeddings, "batch", None, None)
 
-        patches = Shared(dense_features, (*reads(self.config.iqm_layers, self.config.iqm_heads), 2))
+        patches = Shared(dense_features, (*reads(self.config.iqm_layers, self.config.iqm_heads), 2), bias)
         query_features = _apply(
             adapter, trainable, prompts.query_tokens, patches, text_embeddings, method="queries", rngs=rngs
         )
@@ -191,15 +191,13 @@ class IqeClip:
         query_axis = jnp.diff(l2_normalise(query_features), axis=-2)[..., 0, :]  # [level, batch, dim]
         text_axis = jnp.exp(trainable["prompt_temp"]) * jnp.diff(text_embeddings, axis=-2)[..., 0, :]  # [batch, dim]
         axes = jnp.stack([query_axis, jnp.broadcast_to(text_axis, query_axis.shape)], 2)  # [level, batch, 2, dim]
-        # Patches are divided by their length after the product, so that unit ones are never formed.
-        length = jnp.linalg.norm(patches.array.astype(jnp.float32), axis=-1)  # [level, batch, patch]
-        logits = split(patches.dot(axes) / length[..., None], None, "batch", None, None)
+        logits = split(patches.unit_dot(axes), None, "batch", None, None)
         logits_query, logits_text = logits[..., 0], logits[..., 1]
         return {
             "class_tokens": prompts.class_tokens,
             "query_tokens": prompts.query_tokens,
             "text_embeddings": text_embeddings,
-            "dense_features": dense_features,
+            "dense_features": patches.tokens(),
             "query_features": query_features,
             "logits_query": logits_query,
             "logits_text": logits_text,
@@ -266,7 +264,7 @@ class Adapter(nn.Module):
         self.iqm = Iqm(dim, config.iqm_layers, config.iqm_heads, config.iqm_width, self.dropout, self.dtype)
 
     def tokens(self, patch_tokens: jax.Array, image_features: jax.Array):
-        """Dense features (K, B, L, D) and prompt tokens."""
+        """Dense features (K, B, L, D) with their bias apart, and prompt tokens."""
         return self.dense(patch_tokens), self.prompts(image_features)
 
     def norm(self, x: jax.Array) -> jax.Array:
@@ -279,8 +277,8 @@ class Adapter(nn.Module):
 
     def init_all(self, patch_tokens: jax.Array, image_features: jax.Array, text_embeddings: jax.Array) -> None:
         """Touch every parameter once."""
-        dense_features, prompts = self.tokens(patch_tokens, image_features)
-        patches = Shared(dense_features, reads(self.config.iqm_layers, self.config.iqm_heads))
+        (dense_features, bias), prompts = self.tokens(patch_tokens, image_features)
+        patches = Shared(dense_features + bias, reads(self.config.iqm_layers, self.config.iqm_heads))
         self.queries(prompts.query_tokens, patches, self.norm(text_embeddings))
 
 
@@ -291,14 +289,16 @@ class LevelDense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, patch_tokens: Float[Array, "level batch patch width"]) -> Float[Array, "level batch patch dim"]:
-        """Apply each level's own layer."""
+    def __call__(
+        self, patch_tokens: Float[Array, "level batch patch width"]
+    ) -> tuple[Float[Array, "level batch patch dim"], Float[Array, "level 1 1 dim"]]:
+        """Apply each level's own layer, but for its bias, which is for `Shared` to add."""
         levels, width = patch_tokens.shape[0], patch_tokens.shape[-1]
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1, batch_axis=(0,))
         kernel = parameter(self, "kernel", init, (levels, width, self.dim), (None, "embed", None))
         bias = parameter(self, "bias", nn.initializers.zeros, (levels, self.dim), (None, None))
         x = jax.vmap(product)(patch_tokens.astype(self.dtype), kernel.astype(self.dtype))
-        return x + bias[:, None, None].astype(self.dtype)
+        return x, bias[:, None, None].astype(self.dtype)
 
 
 def upsampling_matrix(grid: int, side: int) -> Float[np.ndarray, "side grid"]:

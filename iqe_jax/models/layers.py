@@ -126,6 +126,11 @@ def where_nvidia(form: Callable[..., T], otherwise: Callable[..., T], *arrays: j
     return jax.lax.platform_dependent(*arrays, cuda=form, default=otherwise)
 
 
+def precision(array: jax.Array) -> jax.lax.Precision | None:
+    """Of products with `array`. By name, as the way back is traced where the model's default is no longer in force."""
+    return jax.lax.Precision.HIGHEST if array.dtype == jnp.float32 else None
+
+
 class Einsum(nn.Module):
     """`einsum(equation, x, kernel) + bias`: a linear map with any number of named axes.
 
