@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the golden model, a small data set in the real layout, and a cache of their own."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the entry scripts
 
 from tests.parity import golden
+
+# Tests and the processes they start take CPU devices, of which there are as many as they ask for, also where a GPU or
+# TPU is. docs/gpu.md has those that can run on a GPU.
+jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 
 GOLDEN = dict(np.load(Path(__file__).parent / "parity" / "tiny.npz"))
 

@@ -8,6 +8,7 @@ kernels are in fused_kernels.py; all but attention of all to all is here in plai
 
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 
 import jax
@@ -36,7 +37,8 @@ def fits_all(tokens: jax.Array) -> bool:
 
 
 def _one_hopper() -> bool:
-    return whole() and 9 <= capability() < 10
+    """Whether there is one Hopper GPU, and a JAX that still has Pallas for Triton: since 0.11 it says that it will go."""
+    return whole() and 9 <= capability() < 10 and find_spec("jax.experimental.pallas.triton") is not None
 
 
 def attend(
