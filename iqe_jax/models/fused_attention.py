@@ -37,7 +37,7 @@ def fits_all(tokens: jax.Array) -> bool:
 
 
 def _one_hopper() -> bool:
-    """Whether there is one Hopper GPU, and a JAX that still has Pallas for Triton: since 0.11 it says that it will go."""
+    """Whether there is one Hopper GPU, and Pallas for Triton, which JAX since 0.11 announces to remove."""
     return whole() and 9 <= capability() < 10 and find_spec("jax.experimental.pallas.triton") is not None
 
 
