@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import jax
@@ -57,9 +56,16 @@ def kernel_all(query: jax.Array, key: jax.Array, value: jax.Array, **settings) -
 def kernel_gradient(
     tokens: jax.Array, bias: jax.Array, shares: jax.Array, *factors: jax.Array, **settings
 ) -> jax.Array:
-    """`fused_attention.gradient` as one kernel, a program for each entry and part of the width."""
+    """`fused_attention.gradient` as one kernel, a program for each entry and part of the width.
+
+    Rows are filled up to a power of two, of which tensor cores take no fewer than 16.
+    """
     batch, _, dim = tokens.shape
     part = math.gcd(dim, PART)
+
+    def filled(x: jax.Array, axis: int) -> jax.Array:
+        more = max(16, pl.next_power_of_2(x.shape[axis])) - x.shape[axis]
+        return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
 
     def whole(x: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, *(0,) * (x.ndim - 1)))
@@ -67,17 +73,17 @@ def kernel_gradient(
     def columns(x: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, x.shape[1], part), lambda n, i: (n, 0, i))
 
-    sides = [form(x) for x, form in zip(factors, cycle((whole, columns)), strict=False)]  # left, right, left, …
+    left, right = [filled(x, 2) for x in factors[::2]], [filled(x, 1) for x in factors[1::2]]
     return pl.pallas_call(
         _gradient,
         grid=(batch, dim // part),
-        in_specs=[columns(tokens), columns(bias), whole(shares), *sides],
+        in_specs=[columns(tokens), columns(bias), whole(shares), *map(whole, left), *map(columns, right)],
         out_specs=columns(tokens),
         out_shape=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES_GRADIENT),
         name="tokens_gradient",
         **settings,
-    )(tokens, bias, shares, *factors)
+    )(tokens, bias, shares, *left, *right)
 
 
 def _all(query_ref, key_ref, value_ref, out_ref, *, scale: float) -> None:
@@ -192,22 +198,17 @@ def _back(
 
 
 def _gradient(tokens_ref, bias_ref, shares_ref, *refs) -> None:
-    """The right factors stay; rows are filled up to 16 or 32, of which tensor cores take no fewer."""
+    """Of a block of tokens those by their shares, and the products of its factors with the right ones, which stay."""
     *factors, out_ref = refs
-    bias = bias_ref[...].astype(jnp.float32)
-    held = []
-    for left_ref, right_ref in zip(factors[::2], factors[1::2], strict=True):
-        size = max(16, pl.next_power_of_2(right_ref.shape[0]))
-        span, there = pl.ds(0, size), jnp.arange(size) < right_ref.shape[0]
-        held.append((left_ref, span, there, triton.load(right_ref.at[span, :], mask=there[:, None], other=0.0)))
+    half = len(factors) // 2
+    bias, right = bias_ref[...].astype(jnp.float32), [ref[...] for ref in factors[half:]]
 
     def body(i, _) -> None:
         there, (tokens,), place = _block(tokens_ref, i, [slice(None)])
         shares = triton.load(shares_ref.at[place[0]], mask=there, other=0.0)
         total = shares[:, None] * (tokens + bias)
-        for left_ref, span, rows, right in held:
-            mask = there[:, None] & rows[None]
-            total += triton.dot(triton.load(left_ref.at[place[0], span], mask=mask, other=0.0), right)
+        for ref, rows in zip(factors[:half], right, strict=True):
+            total += triton.dot(triton.load(ref.at[place], mask=there[:, None], other=0.0), rows)
         triton.store(out_ref.at[place], total.astype(out_ref.dtype), mask=there[:, None])
 
     jax.lax.fori_loop(0, pl.cdiv(tokens_ref.shape[0], BLOCK), body, None)
