@@ -1,9 +1,12 @@
 """The one-pass attention kernels against plain JAX, run by Pallas' interpreter; and what stands around them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from iqe_jax.models import fused_attention, fused_kernels, layers
 from iqe_jax.models.shared import Shared
@@ -91,6 +94,29 @@ def test_kernel_of_all_tokens_is_attention(tokens, dim, dtype, tolerance):
     found = fused_kernels.kernel_all(*arrays, interpret=True)
     assert found.dtype == dtype
     assert distance(found, jax.nn.dot_product_attention(*arrays.astype(jnp.float32))) < tolerance
+
+
+# At full size, where the interpreter would take long; whether Triton takes what comes of it only a GPU can tell.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_kernels_are_lowered_to_triton_where_no_gpu_is():
+    def half(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def single(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    tokens, rows, image = half(4, 289, 768), half(4, 16, 768), half(4, 290, 16, 64)
+    factors = [half(4, *shape) for count in (16, 16, 2) for shape in ((289, count), (count, 768))]
+    hopper = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda"))
+    for kernel, arrays in (
+        (partial(fused_kernels.kernel, scale=SCALE), (rows, tokens)),
+        (partial(fused_kernels.kernel_back, scale=SCALE), (rows, tokens, rows, single(4, 16), single(4, 16))),
+        (fused_kernels.kernel_gradient, (tokens, half(4, 1, 768), single(4, 289), *factors)),
+        (fused_kernels.kernel_all, (image, image, image)),
+    ):
+        with use_abstract_mesh(hopper):
+            text = jax.jit(kernel).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.custom_call") == 1 and "triton" in text
 
 
 def test_kernels_are_for_one_hopper_gpu_and_known_sizes(monkeypatch):
