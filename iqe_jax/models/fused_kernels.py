@@ -67,9 +67,6 @@ def kernel_gradient(
         more = max(16, pl.next_power_of_2(x.shape[axis])) - x.shape[axis]
         return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
 
-    def whole(x: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, *(0,) * (x.ndim - 1)))
-
     def columns(x: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, x.shape[1], part), lambda n, i: (n, 0, i))
 
@@ -77,7 +74,7 @@ def kernel_gradient(
     return pl.pallas_call(
         _gradient,
         grid=(batch, dim // part),
-        in_specs=[columns(tokens), columns(bias), whole(shares), *map(whole, left), *map(columns, right)],
+        in_specs=[columns(tokens), columns(bias), _entry(shares), *map(_entry, left), *map(columns, right)],
         out_specs=columns(tokens),
         out_shape=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES_GRADIENT),
@@ -118,20 +115,21 @@ def _all(query_ref, key_ref, value_ref, out_ref, *, scale: float) -> None:
 
 def _call(body, scale: float, shapes: list[jax.ShapeDtypeStruct], *arrays: jax.Array, **settings):
     """Run `body` on each entry of the arrays' first axis."""
-
-    def one(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda n: (n, *(0,) * (len(x.shape) - 1)))
-
     return pl.pallas_call(
         partial(body, scale=scale),
         grid=arrays[0].shape[:1],
-        in_specs=[one(x) for x in arrays],
-        out_specs=[one(x) for x in shapes],
+        in_specs=[_entry(x) for x in arrays],
+        out_specs=[_entry(x) for x in shapes],
         out_shape=shapes,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         name="fused_attention",
         **settings,
     )(*arrays)
+
+
+def _entry(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """One entry of the first axis, which the first axis of the grid counts."""
+    return pl.BlockSpec((None, *x.shape[1:]), lambda n, *_: (n, *(0,) * (len(x.shape) - 1)))
 
 
 def _columns(dim: int) -> list:

@@ -278,7 +278,7 @@ class Adapter(nn.Module):
     def init_all(self, patch_tokens: jax.Array, image_features: jax.Array, text_embeddings: jax.Array) -> None:
         """Touch every parameter once."""
         (dense_features, bias), prompts = self.tokens(patch_tokens, image_features)
-        patches = Shared(dense_features + bias, reads(self.config.iqm_layers, self.config.iqm_heads))
+        patches = Shared(dense_features, reads(self.config.iqm_layers, self.config.iqm_heads), bias)
         self.queries(prompts.query_tokens, patches, self.norm(text_embeddings))
 
 

@@ -62,7 +62,10 @@ class Shared:
         return _mix(weights, self.array, mix) + total[..., None] * self._bias, total
 
     def unit_dot(self, x: Float[Array, "*batch row dim"]) -> Float[Array, "*batch token row"]:
-        """The product of each token, divided by its length, with each row, in the type of `x`."""
+        """The product of each token, divided by its length, with each row, in the type of `x`.
+
+        It is the product that is divided, so that unit tokens are never formed.
+        """
         return _unit_dot(x, self.array, self._bias, next(self._factors), self._shares)
 
 
