@@ -63,6 +63,18 @@ def test_16_bit_images(tmp_path, suffix):
     assert only(path, window=(2500, 1000)).max() > 0.9  # 8 bits need no window
 
 
+def test_16_bit_tiffs_whose_zero_is_white(tmp_path):
+    values = DRAW.integers(0, 65536, (9, 9), np.uint16)
+    entries = [(256, 9), (257, 9), (258, 16), (259, 1), (262, 0), (273, 8), (277, 1), (278, 9), (279, values.nbytes)]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in entries)
+    path = tmp_path / "a.tif"
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + values.nbytes) + values.tobytes() + directory + bytes(4))
+    np.testing.assert_allclose(only(path), 1 - values / 65535, atol=1e-6)
+    np.testing.assert_allclose(load_image(path, 9)[..., 0], 1 - values / 65535, atol=1 / 255)
+    window = np.clip((values.astype(float) - 2000) / 1000, 0, 1)
+    np.testing.assert_allclose(only(path, window=(2500, 1000)), 1 - window, atol=1e-6)
+
+
 def test_pages_of_a_tiff(tmp_path):
     pages = [DRAW.integers(0, 65536, (5 + i, 6), np.uint16) for i in range(12)]
     first, *more = [Image.fromarray(page) for page in pages]
@@ -165,6 +177,34 @@ def test_a_voi_lookup_table(tmp_path):
     table.LUTDescriptor, table.LUTData = [2048, 0, 12], (4095 - np.arange(2048)).astype("<u2").tobytes()
     path = changed(tmp_path, VOILUTSequence=Sequence([table]))
     np.testing.assert_allclose(only(path), (4095 - np.clip(values, 0, 2047)) / 4095, atol=1e-6)
+
+
+def test_a_voi_lookup_table_of_more_bits_than_it_says(tmp_path):
+    tables = []
+    for bits in (12, 16):
+        table = Dataset()
+        table.LUTDescriptor, table.LUTData = [2048, 0, bits], (np.arange(2048) * 32 + 31).astype("<u2").tobytes()
+        tables.append(only(changed(tmp_path, VOILUTSequence=Sequence([table]))))
+    np.testing.assert_array_equal(tables[0], tables[1])
+
+
+def test_a_rescaling_that_changes_nothing_does_not_stretch_8_bits(tmp_path):
+    pixels = DRAW.integers(50, 90, (8, 8), np.uint8)
+    frames = []
+    for elements in ({}, {"RescaleSlope": 1, "RescaleIntercept": 0}):
+        eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelRepresentation": 0, "Rows": 8, "Columns": 8}
+        path = changed(tmp_path, **eight, PixelData=pixels.tobytes(), RescaleSlope=None, RescaleIntercept=None)
+        data = pydicom.dcmread(path)
+        for keyword in ("RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "WindowCenter", "WindowWidth"):
+            if keyword in data:
+                delattr(data, keyword)
+        for keyword, value in elements.items():
+            setattr(data, keyword, value)
+        data["PixelData"].VR = "OB"
+        data.save_as(path)
+        frames.append(only(path))
+    np.testing.assert_array_equal(frames[0], frames[1])
+    np.testing.assert_allclose(frames[1], pixels / 255, atol=1e-6)
 
 
 def test_monochrome1_is_inverted(tmp_path):

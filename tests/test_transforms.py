@@ -104,7 +104,9 @@ def test_mask_is_resized_by_nearest_neighbour(tmp_path):
     np.testing.assert_array_equal(out, pixels[np.ix_(rows, columns)].astype(np.float32) / 255)
 
 
-@pytest.mark.parametrize("kind", ["0/255", "0/1", "bool", "rgb", "16 bit", "0/1 in 16 bit"])
+@pytest.mark.parametrize(
+    "kind", ["0/255", "0/1", "bool", "rgb", "red", "blue", "palette", "16 bit", "0/1 in 16 bit", "0/255 in 16 bit"]
+)
 def test_masks_of_every_kind(tmp_path, kind):
     on = noise(6, 6, 1) > 128
     pixels = {
@@ -112,10 +114,28 @@ def test_masks_of_every_kind(tmp_path, kind):
         "0/1": on.astype(np.uint8),
         "bool": on,
         "rgb": np.repeat(on[..., None], 3, 2).astype(np.uint8) * 255,
+        "red": on[..., None] * np.array([255, 0, 0], np.uint8),
+        "blue": on[..., None] * np.array([0, 0, 255], np.uint8),
+        "palette": red_of_two_colours(on),
         "16 bit": on.astype(np.uint16) * 65535,
         "0/1 in 16 bit": on.astype(np.uint16),
+        "0/255 in 16 bit": on.astype(np.uint16) * 255,
     }[kind]
     np.testing.assert_array_equal(load_mask(save(tmp_path / "m.png", pixels), 6), on.astype(np.float32))
+
+
+def red_of_two_colours(on: np.ndarray) -> Image.Image:
+    image = Image.new("P", on.shape[::-1])
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.putdata(on.astype(np.uint8).ravel().tolist())
+    return image
+
+
+@pytest.mark.parametrize("values", [(0, 2), (0, 127), (1, 2, 4)])
+def test_label_maps_are_no_masks(tmp_path, values):
+    path = save(tmp_path / "m.png", np.resize(np.array(values, np.uint8), (6, 6)))
+    with pytest.raises(ValueError, match=rf"m.png holds values up to {max(values)} of 255, .* save it as 0"):
+        load_mask(path, 6)
 
 
 def test_an_empty_mask_stays_empty(tmp_path):

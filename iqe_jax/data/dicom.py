@@ -192,16 +192,21 @@ def _of_frame(header: Dataset, index: int) -> Dataset:
 
 def _grey(name: str, stored: np.ndarray, own: Dataset, window: Window | None) -> Float32[np.ndarray, "height width"]:
     values = apply_modality_lut(stored, own)
+    # Slope 1 and intercept 0 make a new array that is the same.
+    as_stored = values is stored or ("ModalityLUTSequence" not in own and np.array_equal(values, stored))
     if values.dtype.kind == "f":
         check_finite(name, int(np.count_nonzero(~np.isfinite(values))))
     if window is not None:
         return linear(values, window)
     if own.get("VOILUTSequence"):
-        bits = int(own.VOILUTSequence[0].LUTDescriptor[2])
+        entries, first, bits = own.VOILUTSequence[0].LUTDescriptor
+        # Some files declare fewer bits than their table's entries have.
+        table = apply_voi(np.arange(first, first + (entries or 2**16)), own)
+        bits = max(bits, int(table.max()).bit_length())
         return (apply_voi(_whole_numbers(values), own) / (2**bits - 1)).astype(np.float32)
     if (voi := _window(own)) is not None:
         return apply_windowing(values, voi).astype(np.float32)
-    if values is stored and int(own.get("BitsStored", 16)) <= 8 and int(own.get("PixelRepresentation", 0)) == 0:
+    if as_stored and int(own.get("BitsStored", 16)) <= 8 and int(own.get("PixelRepresentation", 0)) == 0:
         return (stored / (2 ** int(own.BitsStored) - 1)).astype(np.float32)
     real = values[stored != own.PixelPaddingValue] if own.get("PixelPaddingValue") is not None else values
     return linear(values, robust(real if real.size else values))

@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Float, Float32
 from PIL import Image, UnidentifiedImageError
 
+from iqe_jax.data.transforms import white_is_zero
+
 if TYPE_CHECKING:
     from iqe_jax.data.nifti import Geometry
 
@@ -202,14 +204,16 @@ def _image_frame(image: Image.Image, name: str, window: Window | None, max_pixel
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
         check_finite(name, int(np.count_nonzero(~np.isfinite(values))))
+        inverted = white_is_zero(image)
         if window is not None:
-            return grey(linear(values, window))
+            shown = linear(values, window)
+            return grey(1 - shown if inverted else shown)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ScanError(
                 f"{name} holds values from {values.min():g} to {values.max():g}, whose range is not known: give "
                 "--window CENTRE WIDTH, or save it with 8 or 16 bits"
             )
-        return grey(values / np.float32(65535))
+        return grey((65535 - values if inverted else values) / np.float32(65535))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB gives the same colours, and a warning
     return np.asarray(image.convert("RGB"), np.float32) / np.float32(255)

@@ -35,7 +35,8 @@ def load_image(path: Path, size: int) -> Float32[np.ndarray, "size size 3"]:
 def load_mask(path: Path, size: int, image_size_hw: tuple[int, int] | None = None) -> Float32[np.ndarray, "size size"]:
     """A mask in [0, 1], resized to size×size by nearest neighbour; binarising it is the loss's work.
 
-    Masks whose only values are 0 and 1 out of 255 are taken as 0 and 255, since nothing else can be meant.
+    Masks whose only values are 0 and 1 out of 255 are taken as 0 and 255, and 16-bit ones of no more than 255 as 8-bit
+    ones, since nothing else can be meant. Of a coloured mask the strongest channel counts.
 
     Args:
       path: the mask file.
@@ -44,7 +45,8 @@ def load_mask(path: Path, size: int, image_size_hw: tuple[int, int] | None = Non
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: as `load_image`; or the mask is not of the size of its image.
+      ValueError: as `load_image`; or the mask is not of the size of its image; or it has values above 0, but none above
+        half of its range, as label maps of several classes have.
     """
     mask = _open(path)
     if image_size_hw is not None and mask.size != (image_size_hw[1], image_size_hw[0]):
@@ -175,13 +177,19 @@ def _open(path: Path) -> Image.Image:
                     f"{image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}"
                 )
             image.load()
-            return image.copy()
+            inverted = white_is_zero(image)
+            return Image.fromarray(65535 - np.asarray(image)) if inverted else image.copy()
     except (
         Exception
     ) as fault:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more, and a warning may be an error
         raise ValueError(
             f"image {path} cannot be read ({fault}): it is damaged, cut short, or no image; get it again"
         ) from fault
+
+
+def white_is_zero(image: Image.Image) -> bool:
+    """Whether an open image is a 16-bit TIFF whose 0 is white, which Pillow turns over at 8 bits alone."""
+    return image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0  # PhotometricInterpretation
 
 
 def _eight_bit(image: Image.Image, path: Path | str) -> Image.Image:
@@ -205,10 +213,17 @@ def image_array(image: Image.Image, path: Path | str, size: int) -> Float32[np.n
 
 
 def _mask_array(mask: Image.Image, path: Path, size: int) -> Float32[np.ndarray, "size size"]:
-    grey = mask if mask.mode.startswith("I") else _eight_bit(mask, path).convert("L")
-    if grey.getextrema()[1] == 1:
-        grey = Image.fromarray(np.where(np.asarray(grey) == 1, 255, 0).astype(np.uint8))
-    return _scaled(_eight_bit(grey, path), size, Image.Resampling.NEAREST)
+    # Of a mask in 16 bits that fit into 8 these are meant; of a coloured one the strongest channel.
+    small = mask.mode.startswith("I") and np.asarray(mask).min() >= 0 and np.asarray(mask).max() <= 255
+    values = np.asarray(mask).astype(np.uint8) if small else np.asarray(_eight_bit(mask, path).convert("RGB")).max(-1)
+    if values.max() == 1:
+        values = values * np.uint8(255)
+    if 0 < values.max() <= 127:
+        raise ValueError(
+            f"mask {path} holds values up to {values.max()} of 255, of which none counts as anomalous: save it as 0 "
+            "where the image is normal and 255 where it is not"
+        )
+    return _scaled(Image.fromarray(values), size, Image.Resampling.NEAREST)
 
 
 def _scaled(image: Image.Image, size: int, resample: Image.Resampling) -> Float32[np.ndarray, "size size ..."]:
