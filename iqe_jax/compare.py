@@ -65,6 +65,7 @@ class Compared:
     """
 
     run: str
+    dataset: str
     about: str
     chosen_on_test_data: bool
     phantoms: bool
@@ -81,14 +82,18 @@ def compare(
 ) -> list[Compared]:
     """Compare run directories, each with the first.
 
-    Raises FileNotFoundError for a run without scores, and ValueError where the runs are not of the same images and
-    labels, naming those that differ, where there is one class only, or for fewer than two runs.
+    Raises FileNotFoundError for a run without scores, and ValueError where the runs are not of the same data set,
+    images and labels, naming those that differ, where there is one class only, or for fewer than two runs.
     """
     if len(runs) < 2:
         raise ValueError("give two runs or more: the directories that evaluate.py wrote, the first is compared with")
     scores, labels = _paired(runs)
     if len(np.unique(labels)) < 2:
         raise ValueError(f"all images of {runs[0]} are of one class; {_title(metric)} is undefined")
+    facts = [_facts(run) for run in runs]
+    for run, own in zip(runs, facts, strict=True):  # images of two sets may have the same names
+        if own["dataset"] != (first := facts[0]["dataset"]):
+            raise ValueError(f"{run} was scored on {own['dataset']} and {runs[0]} on {first}: they cannot be compared")
     if metric == "image_auroc":
         values, covariance = delong(scores, labels)
         intervals = [_normal_interval(value, var, 0, 1) for value, var in zip(values, np.diag(covariance), strict=True)]
@@ -102,8 +107,7 @@ def compare(
     adjusted = iter(holm([p for _, p in tests[1:] if p is not None]))
     compared = []
     for i, run in enumerate(runs):
-        facts = _facts(run)
-        own = Compared(str(run), **facts, value=float(values[i]), interval=intervals[i])
+        own = Compared(str(run), **facts[i], value=float(values[i]), interval=intervals[i])
         if i:
             difference, (interval, p) = float(values[i] - values[0]), tests[i]
             own = replace(own, difference=difference, difference_interval=interval, p=p)
@@ -202,7 +206,8 @@ def _facts(run: Path) -> dict[str, Any]:
         summary = json.loads(path.read_text())
         weights, names = summary["weights"], ("config", "dataset", "protocol")
         about = ", ".join([*(summary[name] for name in names), f"seed {summary['seed']}", weights["chosen"]])
-        return {"about": about, "chosen_on_test_data": on_test_data(weights), "phantoms": summary["data"] == PHANTOMS}
+        marks = {"chosen_on_test_data": on_test_data(weights), "phantoms": summary["data"] == PHANTOMS}
+        return {"dataset": summary["dataset"], "about": about, **marks}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what evaluate.py writes ({error!r}): run evaluate.py again") from error
 

@@ -22,14 +22,14 @@ def draw_scores(seed, shift=1.0, runs=2):
     return np.round(shared + draw.normal(0, 0.7, (runs, len(LABELS))), 1)
 
 
-def write_run(folder, scores, labels=LABELS, *, names=None, rule="last", data="data", order=None):
+def write_run(folder, scores, labels=LABELS, *, names=None, rule="last", data="data", order=None, dataset="brain"):
     folder.mkdir(parents=True)
     names = names or [f"{'ungood' if label else 'good'}/{i:03d}.png" for i, label in enumerate(labels)]
     with (folder / "scores.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "label", "score"])
         rows.writerows((names[i], labels[i], scores[i]) for i in (range(len(names)) if order is None else order))
-    about = {"config": "c", "dataset": "brain", "protocol": "few-shot, k = 4", "seed": 0, "data": data}
+    about = {"config": "c", "dataset": dataset, "protocol": "few-shot, k = 4", "seed": 0, "data": data}
     (folder / "metrics.json").write_text(json.dumps({**about, "weights": {"rule": rule, "chosen": RULES[rule]}}))
     return folder
 
@@ -178,6 +178,11 @@ def test_runs_on_other_images_are_refused(tmp_path, runs, capsys):
     turned = np.where(np.arange(70) == 3, 1, LABELS)
     relabelled = write_run(tmp_path / "relabelled", scores, turned, names=names)
     assert "1 images of another label: good/003.png" in refused([runs[0], relabelled], capsys)
+
+
+def test_runs_on_other_sets_are_refused_even_where_files_are_called_the_same(tmp_path, runs, capsys):
+    chest = write_run(tmp_path / "chest", draw_scores(0)[0], dataset="chest")
+    assert "chest was scored on chest and " in refused([runs[0], chest], capsys)
 
 
 def test_other_bad_input_is_refused(tmp_path, runs, capsys):
