@@ -21,6 +21,7 @@ from typing import Any
 
 from iqe_jax.data.scans import SUFFIXES, printable
 
+_RESULTS = ("scores.csv", "scores.jsonl", "failures.jsonl")
 _COLUMNS = ("file", "frame", "score", "probability", "decision", "heatmap")
 
 
@@ -60,8 +61,12 @@ def find(given: Sequence[str], out: Path, redact: bool = False) -> list[Path]:
 
 def _matching(pattern: str) -> list[Path]:
     """What a pattern such as 'study/**/*.dcm' matches, sorted, hidden files and folders left out."""
-    base = Path(Path(pattern).anchor)
-    matches = base.glob(str(Path(pattern).relative_to(base)))
+    parts = Path(pattern).parts
+    plain = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), None)
+    if plain is None:
+        return []
+    base = Path(*parts[:plain])  # as it is given: it may go up by '..', or into a hidden folder
+    matches = base.glob(str(Path(*parts[plain:])))
     return sorted(path for path in matches if not any(part.startswith(".") for part in path.relative_to(base).parts))
 
 
@@ -122,8 +127,8 @@ class Ledger:
     def __enter__(self) -> "Ledger":
         """Open the folder.
 
-        Raises ValueError where it has results of other settings or a line that is none, FileExistsError where a file
-        is in its place.
+        Raises ValueError where it has results of other settings, files of another command that results would
+        overwrite, or a line that is none, FileExistsError where a file is in its place.
         """
         from iqe_jax.checkpoint import write_whole
 
@@ -131,6 +136,11 @@ class Ledger:
         stored = self.out / "settings.json"
         if stored.exists():
             self._compare(json.loads(stored.read_text()))
+        elif foreign := [name for name in _RESULTS if (self.out / name).exists()]:
+            raise ValueError(
+                f"{self.out} holds {', '.join(foreign)} and no settings.json, so it is no folder of predictions: give "
+                "another --out"
+            )
         else:
             write_whole(stored, json.dumps(self.settings, indent=2) + "\n")
         path = self.out / "scores.jsonl"
@@ -184,11 +194,14 @@ class Ledger:
         _append(self._failures, [{"file": item.label, "error": message}])
 
     def write_key(self, path: Path, files: Sequence[Path]) -> None:
-        """The list of numbers and files of a redacted run."""
+        """The list of numbers and files of a redacted run. Raises ValueError rather than replace another list."""
         from iqe_jax.checkpoint import write_whole
 
         rows = [(item.label, printable(str(file))) for item, file in zip(self.items, files, strict=True)]
-        write_whole(path, _table([("number", "file"), *rows]))
+        table = _table([("number", "file"), *rows])
+        if path.exists() and path.read_bytes() != table.encode():
+            raise ValueError(f"--redact-key {path} is there already and lists other files: give another name")
+        write_whole(path, table)
 
     def write_table(self) -> tuple[int, int]:
         """Write scores.csv, in the order of the files; returns how many frames it has and how many are anomalous."""
@@ -197,7 +210,8 @@ class Ledger:
         path = self.out / "scores.jsonl"
         files = _by_file(path, path.read_text(encoding="utf-8"))
         order = [item.key for item in self.items if item.key in files]
-        order += [key for key in files if key not in set(order)]  # of earlier commands with other paths
+        known = set(order)
+        order += [key for key in files if key not in known]  # of earlier commands with other paths
         records = [record for key in order for _, record in files[key]]
         rows = [["" if record[name] is None else record[name] for name in _COLUMNS] for record in records]
         write_whole(self.out / "scores.csv", _table([_COLUMNS, *rows]))

@@ -46,7 +46,7 @@ class Options:
     axis: Literal[0, 1, 2] = 2
     """Volumes: cut into slices across this axis: 0 left to right, 1 back to front, 2 feet to head."""
     heatmaps: bool = True
-    """Write a picture of each frame with its heat map, and of each volume a map in its geometry."""
+    """Whether to write a picture of each frame with its heat map, and of each volume a map in its geometry."""
     dicom: Literal["none", "secondary-capture"] = "none"
     """DICOM files: write the picture as a DICOM object too."""
     prevalence: float | None = None
@@ -110,8 +110,8 @@ def _check(options: Options) -> None:
             f"--run {options.run} is no run directory: it has no config.json. evaluate.py writes one"
         )
     for name in ("batch_size", "workers", "max_megapixels"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0")
+        if not 0 < getattr(options, name) < np.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0, and finite")
     if options.prevalence is not None and not 0 < options.prevalence < 1:
         raise ValueError(f"--prevalence is {options.prevalence}; it must lie between 0 and 1")
     if options.window is not None and not (np.isfinite(options.window).all() and options.window[1] > 0):

@@ -285,6 +285,20 @@ def test_the_same_command_adds_nothing_and_other_settings_are_refused(run, scans
     assert "other settings (other calibration)" in message
 
 
+def test_files_of_others_are_not_overwritten(run, scans, tmp_path):
+    ours = shutil.copytree(run, tmp_path / "run")
+    before = (ours / "scores.csv").read_bytes()
+    assert "holds scores.csv and no settings.json" in predict(run, ours, scans / "a")
+    assert (ours / "scores.csv").read_bytes() == before
+    key = tmp_path / "key.csv"
+    more = ["--redact", "--no-heatmaps", "--redact-key", key]
+    predict(run, tmp_path / "one", scans / "b", *more)
+    before = key.read_bytes()
+    assert "is there already and lists other files" in predict(run, tmp_path / "two", scans / "a", *more)
+    assert key.read_bytes() == before
+    assert predict(run, tmp_path / "one", scans / "b", *more) == 3  # the same list may be written again
+
+
 def test_strict_stops_at_the_first_bad_file(run, scans, tmp_path):
     message = predict(run, tmp_path / "out", scans / "b", "--strict", "--no-heatmaps")
     assert "functional.nii has 17 × 21 × 3 × 20 voxels" in message or "shortened.png" in message
@@ -336,6 +350,7 @@ def test_prevalence_and_a_missing_calibration(run, scans, tmp_path, capfd):
         (["empty"], "empty holds no scans"),
         ([], "nothing to predict"),
         (["a.png", "--batch-size", "0"], "--batch-size is 0"),
+        (["a.png", "--max-megapixels", "inf"], "--max-megapixels is inf"),
         (["a.png", "--prevalence", "1"], "--prevalence is 1"),
         (["a.png", "--window", "40", "0"], "--window is 40 0"),
         (["a.png", "--redact-key", "k.csv"], "--redact-key is for runs with --redact"),
@@ -364,6 +379,12 @@ def test_finding_files(tmp_path, monkeypatch):
     assert [str(path) for path in find(["b/2.png", "b", "./b/../b/2.png"], out)] == ["b/2.png", "b/10.png"]
     assert [str(path) for path in find(["**/*.png"], out)] == ["b/10.png", "b/2.png"]
     assert [str(path) for path in find(["a/[odd] name.jpg", "a/c.txt"], out)] == ["a/[odd] name.jpg", "a/c.txt"]
+    monkeypatch.chdir("a")
+    assert [str(path) for path in find(["../b/*.png"], out)] == ["../b/10.png", "../b/2.png"]
+    monkeypatch.chdir("..")
+    Path(".hidden/deep").mkdir(parents=True)
+    Path(".hidden/deep/3.png").write_bytes(b"x")
+    assert [str(path) for path in find([".hidden/**/*.png"], out)] == [".hidden/deep/3.png"]
     keys = [item.key for item in itemise([Path("a/[odd] name.jpg"), Path("b/2.png"), Path("b/10.png")], False)]
     assert keys[0].startswith("_odd__name-")
     os.utime("b/2.png", ns=(1, 1))  # another file by the same name
