@@ -176,7 +176,7 @@ def plot(report: Any, title: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit(f"no {path.name}: Matplotlib is not installed; pip install 'iqe-jax[plot]'") from None
+        raise SystemExit(f"no {path.name}: Matplotlib is not installed; pip install '.[plot]'") from None
     rows = [row for row in report.rows if row.images]
     figure = Figure(figsize=(9, 1.5 + 0.35 * max(len(rows), 1)), layout="constrained")
     axes = figure.add_subplot()

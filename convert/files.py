@@ -84,7 +84,7 @@ def import_torch(path: Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(f"{path} is a PyTorch file; install PyTorch with pip install 'iqe-jax[convert]'") from error
+        raise ImportError(f"{path} is a PyTorch file; install PyTorch with pip install '.[convert]'") from error
     return torch
 
 

@@ -284,7 +284,7 @@ def _plot(rows: Sequence[Row], title: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(f"no {path.name}: Matplotlib is not installed; pip install 'iqe-jax[plot]'") from None
+        raise ValueError(f"no {path.name}: Matplotlib is not installed; pip install '.[plot]'") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for chip, program in dict.fromkeys((row.chip, row.program) for row in rows):

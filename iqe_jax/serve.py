@@ -89,10 +89,10 @@ def serve(options: Options) -> None:
 def check(options: Options) -> tuple[str | None, tuple[str, ...]]:
     """The token and the host names that are served. Raises ValueError for options that cannot work or are not safe."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'iqe-jax[serve]'")
+        raise ValueError(f"serving needs {', '.join(missing)}: pip install '.[serve]'")
     for name, value in vars(options.limits).items():
-        if not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0, and finite")
     if not 0 <= options.port <= 65535:
         raise ValueError(f"--port is {options.port}; expected 0 to 65535")
     if options.prevalence is not None and not 0 < options.prevalence < 1:
@@ -129,6 +129,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # While it is allowed, another socket may bind until this one listens, which is after the model is compiled.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as fault:
         if listener is not None:
             listener.close()

@@ -243,9 +243,16 @@ class _Guard:
         if "*" not in self._hosts and _without_port(host) not in self._hosts:
             return JSONResponse({"detail": "this host is not served here: see --allow-host"}, 400)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _host_of(origin) != host:
             return JSONResponse({"detail": "pages of other origins may not ask"}, 403)
         return None
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # a bracket too few
+        return ""
 
 
 def _without_port(host: str) -> str:

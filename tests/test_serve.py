@@ -262,7 +262,7 @@ def test_strange_hosts_and_other_origins_are_refused(client):
     assert client.get("/health", headers={"host": "[::1]:8000"}).status_code == 200
     own = {"origin": "http://localhost:8000", "content-type": "image/png"}
     assert client.post("/predict", content=png(PIXELS[0]), headers=own).status_code == 200
-    for origin in ("https://evil.example", "null", "http://localhost:9"):
+    for origin in ("https://evil.example", "null", "http://localhost:9", "http://[::1"):
         answer = client.post("/predict", content=png(PIXELS[0]), headers={**own, "origin": origin})
         assert answer.status_code == 403
         assert "access-control-allow-origin" not in answer.headers
@@ -364,6 +364,7 @@ def test_a_slow_upload_is_ended(detector):
         ({"prevalence": 1.0}, "--prevalence is 1.0"),
         ({"port": 70000}, "--port is 70000"),
         ({"limits": Limits(max_mb=0)}, "--max-mb is 0"),
+        ({"limits": Limits(max_mb=float("inf"))}, "--max-mb is inf"),
     ],
 )
 def test_options_that_are_not_safe_or_cannot_work(settings, words, monkeypatch, tmp_path):
@@ -389,8 +390,11 @@ def test_missing_packages_and_taken_ports_are_named(monkeypatch, tmp_path):
         taken.listen()
         with pytest.raises(SystemExit, match="choose another --port"):
             serve.main([str(tmp_path), "--port", str(taken.getsockname()[1])])
+    compiling = serve._bind("127.0.0.1", 0)  # a service that does not listen yet
+    with compiling, pytest.raises(OSError, match="choose another --port"):
+        serve._bind("127.0.0.1", compiling.getsockname()[1])
     monkeypatch.setattr(serve, "PACKAGES", ("fastapi", "no_such_package"))
-    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'iqe-jax\[serve\]'"):
+    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install '\.\[serve\]'"):
         serve.main([str(tmp_path)])
 
 
