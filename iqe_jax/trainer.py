@@ -4,6 +4,7 @@ Data comes from training_data.py, one step from train_state.py, files go through
 """
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -205,7 +206,8 @@ class Trainer:
 
 
 def _selection_score(metrics: dict[str, float]) -> float:
-    return metrics["image_auroc"] + metrics.get("pixel_auroc", 0.0)
+    pixels = metrics.get("pixel_auroc", 0.0)
+    return metrics["image_auroc"] + (0.0 if math.isnan(pixels) else pixels)  # NaN where all masks are empty
 
 
 class _Log:

@@ -23,7 +23,7 @@ from iqe_jax import features, processes
 from iqe_jax.cache import cache_dir
 from iqe_jax.config import Config
 from iqe_jax.data import phantoms
-from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.bmad import Sample, find_folder, load_split
 from iqe_jax.data.pipeline import FewShotBatches, IndexBatch, LeaveOneOutBatches, image_batches, results_ahead
 from iqe_jax.data.supports import draw_support, held_out, read_support
 from iqe_jax.data.transforms import AUGMENTATIONS, augment
@@ -89,6 +89,7 @@ def plan(config: Config, rules: Sequence[str] | None = None) -> Plan:
             raise ValueError(
                 f"data.sources is {data.sources}: besides the target {data.dataset} none is left to train on"
             )
+        _check_apart(data.root, data.dataset, sources)
         training = {name: load_split(data.root, name, "test") for name in sources}
         if not any(sample.label for samples in training.values() for sample in samples):
             raise ValueError(f"the test splits of {', '.join(sources)} hold no anomalous image: {NORMALS_ONLY}")
@@ -121,7 +122,25 @@ def plan(config: Config, rules: Sequence[str] | None = None) -> Plan:
             )
     if "paper" in rules:
         selection["paper"] = load_split(data.root, data.dataset, "test")
+        if len({sample.label for sample in selection["paper"]}) < 2:
+            raise ValueError(
+                f"the test split of {data.dataset} has images of one class only: the rule paper cannot choose by it, "
+                "use --train.keep last"
+            )
     return Plan(training, selection)
+
+
+def _check_apart(root: Path, target: str, sources: Sequence[str]) -> None:
+    """Raise ValueError where a source is the target's folder under another name, whose test images must not train."""
+    try:
+        place = find_folder(root, target).resolve()
+    except FileNotFoundError:  # training needs no target: it may be elsewhere
+        return
+    if same := [name for name in sources if find_folder(root, name).resolve() == place]:
+        raise ValueError(
+            f"data.sources has {', '.join(same)}, found in {place}, which is the target {target} itself: name the "
+            "target as they do, or give as data.root the folder that has all sets beside each other"
+        )
 
 
 def load(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import time
 
 import jax
@@ -297,6 +298,43 @@ def test_valid_needs_images_that_are_not_support(few_shot, tmp_path):
 def test_zero_shot_asks_for_training(zero_shot, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trained adapter in .*train it first: python train.py"):
         evaluation.run_evaluation(at(zero_shot, tmp_path))
+
+
+@pytest.mark.parametrize(("target", "inside"), [("Brain_AD", ""), ("own", "own")])
+def test_zero_shot_never_trains_on_the_target_under_another_name(tiny_root, zero_shot, tmp_path, target, inside):
+    (brain,) = [path for path in tiny_root.iterdir() if "brain" in path.name.lower()]
+    shutil.copytree(brain, tmp_path / (inside or target))
+    data = dataclasses.replace(zero_shot.data, root=tmp_path / inside, dataset=target, sources=("brain",))
+    with pytest.raises(ValueError, match=f"which is the target {target} itself"):
+        training_data.plan(dataclasses.replace(zero_shot, data=data))
+
+
+def test_masks_that_are_all_empty_do_not_stop_the_choice():
+    empty = float("nan")
+    assert trainer._selection_score({"image_auroc": 0.75, "pixel_auroc": empty}) == 0.75
+    assert trainer._selection_score({"image_auroc": 0.75, "pixel_auroc": 0.5}) == 1.25
+
+
+def test_images_that_were_trained_on_calibrate_nothing_though_the_pool_has_grown(few_shot, tiny_root, tmp_path):
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
+    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
+    recipe = at(recipe, tmp_path / "run", epochs=1)
+    evaluation.run_evaluation(recipe)
+    support = set(json.loads((tmp_path / "run" / "kept.json").read_text())["support"])
+    for image in load_split(root, "brain", "valid"):
+        shutil.copy(image.image, image.image.with_stem(f"{image.image.stem}_more"))
+        if image.mask is not None:
+            shutil.copy(image.mask, image.mask.with_stem(f"{image.mask.stem}_more"))
+    scored, real = [], evaluation._score
+
+    def score(trained, own, samples, *args, **kwargs):
+        scored.append({sample.name for sample in samples})
+        return real(trained, own, samples, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "_score", score)
+        evaluation.run_evaluation(recipe)
+    assert len(scored) == 2 and scored[1] and not scored[1] & support
 
 
 def test_zero_shot_trains_on_the_other_sets_and_scores_the_target(zero_shot, tmp_path):
