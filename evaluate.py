@@ -25,7 +25,10 @@ def main(argv: list[str]) -> None:
         from iqe_jax.evaluation import run_evaluation
         from iqe_jax.experiment import dry_run
 
-        (dry_run if launch.dry_run else run_evaluation)(config)
+        if launch.dry_run:
+            dry_run(config, scoring=True)
+        else:
+            run_evaluation(config)
 
 
 if __name__ == "__main__":

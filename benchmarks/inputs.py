@@ -12,7 +12,8 @@ from benchmarks.measure import Report, in_turns
 from benchmarks.starts import phantoms_here
 from iqe_jax.data.bmad import load_split
 from iqe_jax.data.pipeline import FewShotBatches, image_batches
-from iqe_jax.features import SHARD, FeatureSet, OnDisk, kept_dtype, write
+from iqe_jax.feature_files import OnDisk, write
+from iqe_jax.features import SHARD, FeatureSet, kept_dtype
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch, create, train_step
 from iqe_jax.training_data import batches_ahead

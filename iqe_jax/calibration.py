@@ -99,7 +99,7 @@ class Calibration:
         return "; ".join([*parts, *self.withheld])
 
     def save(self, run_dir: Path) -> None:
-        """Write RUN/calibration.json, whole or not at all, marked with the weights that are in RUN."""
+        """Write RUN/calibration.json, whole or not at all, marked with the run's weights."""
         from iqe_jax.checkpoint import write_whole
 
         marked = dataclasses.replace(self, adapter=_digest(run_dir))
@@ -123,7 +123,7 @@ def load(run_dir: Path) -> Calibration | None:
         raise ValueError(f"{path} is damaged ({fault}): remove it, and run evaluate.py to make it again") from fault
     if calibration.adapter != _digest(run_dir):
         raise ValueError(
-            f"{path} was made with other weights than {run_dir} holds now: run evaluate.py to make it again"
+            f"{path} was made with other weights than those of {run_dir} now: run evaluate.py to make it again"
         )
     return calibration
 
@@ -265,7 +265,9 @@ def _reliability(scores: Scores, labels: Float[np.ndarray, " image"]) -> dict[st
 
 
 def _digest(run_dir: Path) -> str | None:
-    path = Path(run_dir) / "adapter.safetensors"
+    from iqe_jax.weights import adapter_file
+
+    path = adapter_file(Path(run_dir))
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 

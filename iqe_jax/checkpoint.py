@@ -8,15 +8,20 @@ kept.json            which weights those are, how they were chosen, and whether 
 metrics.jsonl        losses of every step; tensorboard/ holds the same
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from iqe_jax import processes
-from iqe_jax.config import Config, Rule, from_json, to_json
+from iqe_jax.config import Config, Rule, read, to_json
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.train_state import TrainState
 from iqe_jax.weights import load_adapter, save_adapter
@@ -40,27 +45,34 @@ FREE = {
 }
 
 
+_TRAINED_ON = {"images": "training images", "clip": "CLIP weights"}
+
+
+def other_than(before: Mapping[str, Any], now: Mapping[str, str]) -> dict[str, str]:
+    """What a run is trained on that is not what it was before: `images`, `clip`, each with what it is called."""
+    return {name: called for name, called in _TRAINED_ON.items() if before.get(name) != now[name]}
+
+
 class RunDirectory:
     """One run's files. Opening it creates nothing; `claim` does, once the work is known to be possible."""
 
     def __init__(self, config: Config):
-        """Look at `config.directory`. Raises ValueError if a run with other settings is there."""
+        """Look at `config.directory`. Raises ValueError if a run with other settings is there, or a damaged one."""
         self.config, self.rules = config, config.rules
         self.path = config.directory
-        kept = self.path / "kept.json"
-        self.kept: dict[str, Any] | None = json.loads(kept.read_text()) if kept.exists() else None
+        self.kept = read_facts(self.path)
         """What kept.json says: `rule` and `step`, later `metrics` of the choice, the same of `others` by rule,
-        `support` and `finished_at`."""
+        `support`, `trained_on` and `finished_at`."""
         stored = self.path / "config.json"
         if stored.exists():
-            before = from_json(stored.read_text())
+            before = read(stored)
             different = _differences(before, config)
             if different:
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({'; '.join(different)}); "
                     "give this one another --run-dir, or remove that directory"
                 )
-            if kept.exists() or (self.path / "checkpoints").exists():
+            if self.begun:
                 self._follow(before.rules)
 
     def _follow(self, rules: tuple[Rule, ...]) -> None:
@@ -71,6 +83,11 @@ class RunDirectory:
                 "be made afterwards; give this run another --run-dir, or remove that directory"
             )
         self.rules = rules
+
+    @property
+    def begun(self) -> bool:
+        """Whether training has left anything here."""
+        return self.kept is not None or (self.path / "checkpoints").exists()
 
     def claim(self) -> None:
         """Create the directory and write the resolved config. Raises ValueError if not all processes see it then."""
@@ -83,6 +100,15 @@ class RunDirectory:
         with processes.together("share the run directory"):
             if not (self.path / "config.json").exists():
                 raise ValueError(f"{self.path}, written by process 0, is not there; --run-dir must be on a shared disk")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Train in the claimed directory. Raises ValueError where another command does."""
+        with contextlib.ExitStack() as stack:
+            with processes.together(f"begin in {self.path}"):
+                if processes.is_main():
+                    stack.enter_context(alone_in(self.path, "give this run another --run-dir"))
+            yield
 
     def adapter(self, rule: str) -> Path:
         """The file of the weights that `rule` keeps."""
@@ -104,7 +130,7 @@ class RunDirectory:
             save_adapter(trainable, self.adapter(rule), chosen_on=chosen_on)
         if chosen_on:
             facts["chosen_on_test_data"] = True
-        kept = self.kept or {}
+        kept = {name: value for name, value in (self.kept or {}).items() if name != "finished_at"}
         others = kept.get("others", {})
         if rule == self.config.train.keep:
             kept = {"rule": rule, **facts}
@@ -120,7 +146,7 @@ class RunDirectory:
     def _note(self, facts: dict[str, Any]) -> None:
         self.kept = facts
         if processes.is_main():
-            write_whole(self.path / "kept.json", json.dumps(facts, indent=2) + "\n")
+            write_whole(self.path / "kept.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
 
     @property
     def finished_at(self) -> int | None:
@@ -163,11 +189,11 @@ class Checkpoints:
         if self._opened is not None:
             self._opened.close()
 
-    def restore(self, shapes: TrainState, order: str) -> TrainState | None:
+    def restore(self, shapes: TrainState, trained_on: dict[str, str]) -> TrainState | None:
         """The latest checkpoint, laid out as `shapes` say, or None where there is none.
 
-        `order` says in a word which images stand in which order. Raises ValueError naming the checkpoint when it cannot
-        be read, does not fit, or was made on images in another order.
+        `trained_on` says in words which images, in which order, and which CLIP. Raises ValueError naming the checkpoint
+        when it cannot be read, does not fit, or was made on others.
         """
         if self._opened is None and not self._path.exists():
             return None
@@ -177,7 +203,8 @@ class Checkpoints:
             return None
         from orbax.checkpoint import args
 
-        items = args.Composite(state=args.StandardRestore(shapes), position=args.JsonRestore())  # pyright: ignore
+        state = args.StandardRestore(_not_empty(shapes))  # pyright: ignore
+        items = args.Composite(state=state, position=args.JsonRestore())  # pyright: ignore
         try:
             restored = manager.restore(step, args=items)
         except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
@@ -185,21 +212,44 @@ class Checkpoints:
                 f"checkpoint {self._path / str(step)} cannot be restored ({error}); "
                 "remove that folder to go on from the one before it, or start again without it"
             ) from error
-        if restored["position"] != {"step": step, "order": order}:
+        if others := other_than(restored["position"], trained_on):
             raise ValueError(
-                f"checkpoint {self._path / str(step)} was made on other training images than are "
-                "here now; bring those back, or start again with another --run-dir"
+                f"checkpoint {self._path / str(step)} was made on other {' and '.join(others.values())} than are here "
+                "now; bring those back, or start again with another --run-dir"
             )
-        return restored["state"]
+        return jax.tree.map(lambda shape, x: _empty(shape) if x is None else x, shapes, restored["state"])
 
-    def save(self, state: TrainState, order: str) -> None:
+    def save(self, state: TrainState, trained_on: dict[str, str]) -> None:
         """Start to write `state` under its step, if it is not there yet."""
         step, manager = int(state.step), self._manager()
         if step != manager.latest_step():
             from orbax.checkpoint import args
 
-            position = args.JsonSave({"step": step, "order": order})  # pyright: ignore
-            manager.save(step, args=args.Composite(state=args.StandardSave(state), position=position))  # pyright: ignore
+            position = args.JsonSave({"step": step, **trained_on})  # pyright: ignore
+            kept = args.StandardSave(_not_empty(state))  # pyright: ignore
+            manager.save(step, args=args.Composite(state=kept, position=position))
+
+
+def _not_empty(state: TrainState) -> TrainState:
+    """Arrays of no values, as prompts of no learnable tokens are, left out: Orbax refuses them."""
+    return jax.tree.map(lambda x: x if math.prod(x.shape) else None, state)
+
+
+def _empty(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(shape.shape, shape.sharding, lambda _: np.zeros(shape.shape, shape.dtype))
+
+
+def read_facts(directory: Path) -> dict[str, Any] | None:
+    """A run's kept.json, None before there is one. Raises ValueError naming it where it is damaged."""
+    path = directory / "kept.json"
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as fault:
+        raise ValueError(
+            f"{path} is damaged ({fault}): bring it back, or remove {path.parent} and begin again"
+        ) from fault
 
 
 def _differences(stored: Config, asked: Config) -> list[str]:
@@ -215,6 +265,29 @@ def _differences(stored: Config, asked: Config) -> list[str]:
             if name not in FREE and before != now:
                 found.append(f"{name} was {before}, now {now}")
     return found
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, otherwise: str) -> Iterator[None]:
+    """Keep other commands that ask for the same out of `folder`; where the file system has no locks, nobody is.
+
+    Raises ValueError where another command is in it; `otherwise` says what to do but wait.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as fault:
+                raise ValueError(f"another command is at work in {folder}: wait for it, or {otherwise}") from fault
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ nothing here reads data, weights or devices.
 import dataclasses
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Directory or hub id of a tokenizer, for weights that carry none and templates other than the default two."""
     adapter: str | None = None
-    """Trained weights that evaluation uses and training starts from: an official .pth or our .safetensors."""
+    """Trained weights, an official .pth or our .safetensors: training starts from them, and evaluation scores them
+    where the run has trained nothing."""
     image_size: int = 240
     """Side S in pixels that images are resized to; need not be a multiple of the patch."""
     levels: tuple[int, ...] = (6, 12, 18, 24)
@@ -269,11 +271,13 @@ def check(config: Config) -> None:
         "eval.heatmaps": config.eval.heatmaps,
     }
     for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be above 0, and finite")
     for name, value in not_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; it must be 0 or more")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be 0 or more, and finite")
+    if train.seed + config.eval.seeds > 2**32:
+        raise ValueError(f"train.seed is {train.seed}; seeds must be below 2**32")
     if config.mesh.data < 1 and config.mesh.data != -1:
         raise ValueError(f"mesh.data is {config.mesh.data}; it must be above 0, or -1 for all devices left")
     if train.batch_size % train.accumulate:
@@ -296,6 +300,16 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The config that `to_json` wrote. Raises ValueError naming an unknown field."""
     return _build(Config, json.loads(text), "")
+
+
+def read(path: Path) -> Config:
+    """The config.json of a run. Raises ValueError naming the file where it is damaged or of another version."""
+    try:
+        return from_json(path.read_text())
+    except (ValueError, TypeError, KeyError, AttributeError) as fault:
+        raise ValueError(
+            f"{path} cannot be read ({fault}): bring it back, or remove {path.parent} and begin again"
+        ) from fault
 
 
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:

@@ -15,11 +15,11 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
-from iqe_jax.config import ModelConfig, from_json
+from iqe_jax.config import ModelConfig, read
 from iqe_jax.data.transforms import image_array, load_image
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.models.layers import TOWER_OPTIONS
-from iqe_jax.weights import adapter_settings, fit_adapter, load_adapter, load_model, read_adapter
+from iqe_jax.weights import adapter_file, adapter_settings, fit_adapter, load_adapter, load_model, read_adapter
 
 Images = np.ndarray | jax.Array | PIL.Image.Image | str | Path | Sequence[Any]
 
@@ -144,11 +144,9 @@ def _load_run(directory: Path) -> Detector:
     path = directory / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} is no run directory: it has no config.json. train.py writes one")
-    config = from_json(path.read_text())
-    source = directory / "adapter.safetensors"
-    if not source.exists() and config.model.adapter:  # a run that only scored a given one
-        source = Path(config.model.adapter)
-    if not source.exists():
+    config = read(path)
+    source = adapter_file(directory)
+    if source.parent == directory and not source.exists():
         raise FileNotFoundError(f"{directory} has no trained adapter yet: run train.py with its settings to the end")
     model, frozen = load_model(config.model)
     return Detector(model, frozen, load_adapter(model, source), zero_shot=config.zero_shot)

@@ -63,16 +63,17 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
     with processes.together("start evaluating"):
         run = RunDirectory(config)
         samples = load_split(config.data.root, config.data.dataset, "test")
-        if config.model.adapter and len(config.rules) > 1:
+        given = config.model.adapter if not run.begun else None  # else the run was trained from it
+        if given and len(config.rules) > 1:
             raise ValueError("eval.protocols compares weights that a run keeps, but model.adapter gives the weights")
-    if config.model.adapter:
+    if given:
         with processes.together("load the weights"):
             model, frozen = load_model(config.model, layout)
-            adapter = load_adapter(model, config.model.adapter)
-            seen = chosen_on(config.model.adapter)
+            adapter = load_adapter(model, given)
+            seen = chosen_on(given)
         trained = Trained(model, frozen, layout.put(adapter, jax.tree.map(lambda _: layout.replicated, adapter)))
-        given = {"rule": "given", "adapter": config.model.adapter}
-        facts = {"given": {**given, "chosen_on_test_data": True} if seen else given}
+        known = {"rule": "given", "adapter": given}
+        facts = {"given": {**known, "chosen_on_test_data": True} if seen else known}
     else:
         if run.finished_at is None and config.zero_shot:
             raise FileNotFoundError(

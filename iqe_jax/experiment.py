@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from iqe_jax import features, processes, training_data
-from iqe_jax.checkpoint import RunDirectory
+from iqe_jax.checkpoint import RunDirectory, other_than
 from iqe_jax.config import Config, to_json
+from iqe_jax.data.bmad import load_split
 from iqe_jax.data.transforms import AUGMENTATIONS
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip, Params
@@ -65,7 +66,14 @@ def train_run(config: Config, layout: Layout, preemption: Preemption) -> Trained
         model, frozen = load_model(config.model, layout)
         trainer = Trainer(config, model, frozen, plan, layout, preemption)
     if run.finished_at == trainer.total:
-        console.print(f"{run.path} is trained already, {trainer.total} steps")
+        others = other_than((run.kept or {}).get("trained_on", {}), trainer.trained_on)
+        if "clip" in others:
+            raise ValueError(
+                f"{run.path} was trained with other CLIP weights than {config.model.clip} holds now; bring those back, "
+                "or start again with another --run-dir"
+            )
+        note = ", on other training images than are here now" if others else ""
+        console.print(f"{run.path} is trained already, {trainer.total} steps{note}")
         return _kept(trainer)
     protocol = "zero-shot" if config.zero_shot else f"few-shot, k = {config.data.shots}"
     console.print(
@@ -81,20 +89,34 @@ def _kept(trainer: Trainer) -> Trained:
     return Trained(trainer.model, trainer.frozen, trainer.load_kept(), others)
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, *, scoring: bool = False) -> None:
     """Look for the images of a run, compile its programs, and print what they need on each device; nothing is run.
 
-    Weights are not loaded where their sizes are known. Raises as `run_training` does for what is missing, and
-    ValueError where the mesh does not fit the model.
+    Where evaluate.py asks, for `scoring`, and a given adapter is all that is scored, training is left out. Weights are
+    not loaded where their sizes are known. Raises as `run_training` does for what is missing, and ValueError where the
+    mesh does not fit the model.
     """
     render(config)
     layout = make_layout(config.mesh)
     with processes.together("find what training needs"):
-        RunDirectory(config)
-        plan = training_data.plan(config)
+        run = RunDirectory(config)
+        if scoring:
+            load_split(config.data.root, config.data.dataset, "test")
+        plan = None if scoring and config.model.adapter and not run.begun else training_data.plan(config)
         model = describe(config.model)
     console.print("Compiling, which for a full-size model takes minutes")
-    programs = [train_footprint(model, config, layout), *evaluation_footprints(model, config, layout)]
+    programs = evaluation_footprints(model, config, layout)
+    kept = None
+    if plan is not None:
+        programs = [train_footprint(model, config, layout), *programs]
+        kept = _kept_features(config, plan, model, layout)
+    if processes.is_main():
+        title = f"{config.name} on {layout.mesh.size} devices, {dict(layout.mesh.shape)}"
+        Console().print(footprint_table(title, programs, features=kept))
+
+
+def _kept_features(config: Config, plan: training_data.Plan, model: IqeClip, layout: Layout) -> tuple[str, int]:
+    """Where the features of the training images are kept, in words, and their bytes."""
     repeated = 1 if config.zero_shot else AUGMENTATIONS
     each = [features.size_in_bytes(model, samples * repeated, config) for samples in plan.training.values()]
     size, kept = sum(each), config.train.features
@@ -105,9 +127,7 @@ def dry_run(config: Config) -> None:
         where = "on disk"
     elif kept == "auto" and size > config.train.feature_memory_gb * 1e9:
         where = "on disk, as far as --train.feature-memory-gb is passed"
-    if processes.is_main():
-        title = f"{config.name} on {layout.mesh.size} devices, {dict(layout.mesh.shape)}"
-        Console().print(footprint_table(title, programs, features=(where, size)))
+    return where, size
 
 
 def render(config: Config) -> None:

@@ -27,7 +27,8 @@ import tyro
 from jax import export
 
 from iqe_jax import calibration, cli, report
-from iqe_jax.config import Config, from_json
+from iqe_jax.checkpoint import read_facts
+from iqe_jax.config import Config, read
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.detector import Detector, load
 from iqe_jax.models.clip import Templates
@@ -67,7 +68,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     """
     _check_target(out)
     detector = load(run)
-    config = from_json((run / "config.json").read_text())
+    config = read(run / "config.json")
     weights_chosen, calibrated = chosen(run, config), calibration.load(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that it gets there by a rename; removed whatever happens.
@@ -103,8 +104,7 @@ def _check_target(out: Path) -> None:
 
 def chosen(run: Path, config: Config) -> dict[str, Any]:
     """How the run's weights were chosen, in words too. Raises ValueError when training is not over."""
-    path = run / "kept.json"
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rule": "given"}
+    kept = read_facts(run) or {"rule": "given"}
     if kept["rule"] == "given" and config.model.adapter and chosen_on(config.model.adapter):
         kept["chosen_on_test_data"] = True
     if kept["rule"] != "given" and kept.get("finished_at") is None:

@@ -4,7 +4,6 @@ Few-shot keeps those of augmented support images; zero-shot those of whole test 
 whole by one process and read by all. They are found again only by the digest of weights, preprocessing and files.
 """
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -25,6 +24,7 @@ from iqe_jax.cache import cache_dir
 from iqe_jax.config import Config, DataConfig
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.pipeline import image_batches
+from iqe_jax.feature_files import OnDisk, check_room, is_whole, write
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.models.layers import TOWER_OPTIONS
 from iqe_jax.progress import track
@@ -74,17 +74,6 @@ class FeatureSet:
             indices = start + layout.rows(size)
             local = self.batch(np.minimum(indices, len(self) - 1), (indices < len(self)).astype(np.float32))
             yield local.placed(layout, size)
-
-
-class OnDisk:
-    """One array of features on disk, shard by shard; `array[index]` is the row of one image, read when it is used."""
-
-    def __init__(self, shards: Sequence[Path], dtype: np.dtype):
-        """Map the files `shards`, which hold rows of `dtype`."""
-        self._maps = [np.load(path, mmap_mode="r").view(dtype) for path in shards]
-
-    def __getitem__(self, index: int | np.integer) -> np.ndarray:
-        return self._maps[index // SHARD][index % SHARD]
 
 
 def stream(
@@ -241,12 +230,19 @@ def _on_disk(
     folder = cache_dir() / "features" / key
     shards = [folder / f"{number:05d}" for number in range(-(-len(samples) // SHARD))]
     # Each process looks for itself, as file systems show new files to others late; what one misses is made again.
-    there = processes.everywhere(np.array([shard.is_dir() for shard in shards]))
+    types = {"patch_tokens": kept_dtype(config), "image_features": np.dtype(np.float32)}
+    if any(sample.mask for sample in samples):
+        types["masks"] = np.dtype(np.uint8)
+    there = processes.everywhere(np.array([is_whole(shard, types) for shard in shards]))
     missing = [shard for shard, done in zip(shards, there, strict=True) if not done]
     if missing:
         with processes.together(f"keep the features of {title}"):
             folder.mkdir(parents=True, exist_ok=True)
-            _check_room(folder, needed * len(missing) / len(shards), title)
+            if processes.is_main():
+                for shard in missing:  # one that is damaged makes room
+                    if not is_whole(shard, types):
+                        shutil.rmtree(shard, ignore_errors=True)
+            check_room(folder, needed * len(missing) / len(shards), title)
         _fill(model, frozen, samples, config, layout, missing, title, check)
         processes.barrier("features")
     with processes.together(f"read the features of {title}"):
@@ -255,21 +251,9 @@ def _on_disk(
                 f"{lost[0]} is not there, though another process wrote it: $IQE_JAX_CACHE must be a folder that all "
                 "processes share, or use --train.features memory"
             )
-        types = {"patch_tokens": kept_dtype(config), "image_features": np.dtype(np.float32)}
-        if any(sample.mask for sample in samples):
-            types["masks"] = np.dtype(np.uint8)
         found = {name: OnDisk([shard / f"{name}.npy" for shard in shards], dtype) for name, dtype in types.items()}
     image_features = np.stack([found["image_features"][i] for i in range(len(samples))])
     return FeatureSet(found["patch_tokens"], image_features, found.get("masks"), labels)
-
-
-def _check_room(folder: Path, needed: float, title: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"the features of {title} need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free; "
-            "make room, set $IQE_JAX_CACHE to another disk, or halve them with --train.feature-dtype bfloat16"
-        )
 
 
 def _fill(
@@ -313,20 +297,6 @@ def _fill(
             buffer = [{name: array[count:] for name, array in whole.items()}]
 
 
-def write(shard: Path, arrays: Arrays) -> None:
-    """Write one shard so that it is there whole or not at all."""
-    temporary = shard.with_name(f".{shard.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
-        with contextlib.suppress(OSError):  # another run of the same settings was quicker
-            temporary.rename(shard)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def key_of(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Config, variants: str = "") -> str:
     """Digest of all that the features depend on: weights, preprocessing, and the files by path, size and time."""
     settings = model.config
@@ -338,7 +308,7 @@ def key_of(model: IqeClip, vision: Params, samples: Sequence[Sample], config: Co
         for path in (sample.image, sample.mask):
             if path is not None:
                 status = path.stat()
-                hasher.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+                hasher.update(os.fsencode(path.resolve()) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return hasher.hexdigest()
 
 

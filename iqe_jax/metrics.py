@@ -3,7 +3,7 @@
 Those over pixels, which do not fit in memory, are in pixel_metrics.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -102,6 +102,11 @@ def resampled_metrics(
     allowed = false <= (1 - SPECIFICITY + 1e-12) * negatives
     sensitivity = np.where(allowed, true, 0).max(1) / positives[:, 0]
     return np.stack([auroc, ap, f1_max, sensitivity])
+
+
+def defined(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON has them: None in the place of NaN."""
+    return {name: None if np.isnan(value) else float(value) for name, value in metrics.items()}
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, Interval]:

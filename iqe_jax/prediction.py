@@ -8,7 +8,7 @@ them. Reading scans is data/scans.py's work, writing maps scan_maps.py's, what i
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -127,10 +127,12 @@ def _fingerprint(run: Path) -> str:
     import hashlib
     import json
 
-    config = json.loads((run / "config.json").read_text())
-    own = run / "adapter.safetensors"
-    hasher = hashlib.sha256((own if own.exists() else Path(config["model"]["adapter"])).read_bytes())
-    hasher.update(json.dumps([config["model"], config["data"]["shots"] == 0], sort_keys=True).encode())
+    from iqe_jax.config import read
+    from iqe_jax.weights import adapter_file
+
+    config = read(run / "config.json")
+    hasher = hashlib.sha256(adapter_file(run).read_bytes())
+    hasher.update(json.dumps([asdict(config.model), config.zero_shot], sort_keys=True).encode())
     return hasher.hexdigest()[:32]
 
 

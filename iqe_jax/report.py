@@ -18,7 +18,7 @@ from iqe_jax.data.bmad import Sample
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.transforms import load_image, load_mask
 from iqe_jax.evaluator import Evaluation
-from iqe_jax.metrics import bootstrap, image_metrics, over_seeds
+from iqe_jax.metrics import bootstrap, defined, image_metrics, over_seeds
 
 MARKED = "chosen on the TEST SET"
 RULES = {
@@ -104,12 +104,12 @@ def _summary(
         "images": {"normal": len(labels) - anomalous, "anomalous": anomalous},
         "weights": {**kept, "chosen": chosen(kept), "chosen_on_test_data": on_test_data(kept)},
         "image_score": config.model.score,
-        "metrics": _defined(evaluation.metrics),
+        "metrics": defined(evaluation.metrics),
         "intervals": bootstrap(evaluation.scores, labels),
-        "reductions": {name: _defined(image_metrics(x, labels)) for name, x in evaluation.reductions.items()},
+        "reductions": {name: defined(image_metrics(x, labels)) for name, x in evaluation.reductions.items()},
         "rules": {
             rule: {
-                **_defined(scored.metrics),
+                **defined(scored.metrics),
                 "intervals": bootstrap(scored.scores, labels),
                 "step": facts.get("step"),
                 "chosen": chosen(facts),
@@ -118,10 +118,6 @@ def _summary(
             for rule, (scored, facts) in shown.items()
         },
     }
-
-
-def _defined(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: None if np.isnan(value) else value for name, value in metrics.items()}
 
 
 def print_table(summary: dict[str, Any]) -> None:

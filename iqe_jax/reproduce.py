@@ -95,9 +95,11 @@ def cells(argv: Sequence[str]) -> tuple[Options, list[Cell]]:
     def parse(recipe: str) -> tuple[Options, Config]:
         return cli.parse_with(Options(), ["--config", recipe, *argv], program=program, description=DESCRIPTION)
 
-    options, _ = parse("phantom_fewshot" if "--phantoms" in argv else "brain_fewshot")
+    options, config = parse("phantom_fewshot" if "--phantoms" in argv else "brain_fewshot")
     if unknown := [name for name in options.sets if name not in SETS]:
         raise SystemExit(f"{program}: --sets has {unknown[0]}; there are {', '.join(SETS)}")
+    if config.eval.seeds != 1:
+        raise SystemExit(f"{program}: --eval.seeds is {config.eval.seeds}; the runs of a table are given by --seeds")
     if options.seeds < 1 or min(options.shots, default=1) < 1:
         raise SystemExit(f"{program}: --seeds and --shots must be above 0; --zero-shot stands for no shots")
     shots = ([0] if options.zero_shot else []) + list(options.shots) or [0, 2, 4, 8, 16]
@@ -114,7 +116,10 @@ def _runs(config: Config, dataset: str, shots: int, options: Options) -> Iterato
     data, train = dataclasses.replace(config.data, dataset=dataset, shots=shots), config.train
     if options.phantoms and not shots:  # small, and the same for all seeds
         train = dataclasses.replace(train, features="disk")
-    for seed in range(train.seed, train.seed + options.seeds):
+    for i in range(options.seeds):
+        seed = train.seed + i
+        if data.support_list:
+            data = dataclasses.replace(data, support_row=config.data.support_row + i)
         run_dir = options.out / "runs" / f"{dataset}-k{shots}-seed{seed}"
         yield dataclasses.replace(config, data=data, train=dataclasses.replace(train, seed=seed), run_dir=run_dir)
 
@@ -123,8 +128,18 @@ def _runs(config: Config, dataset: str, shots: int, options: Options) -> Iterato
 
 
 def finished(run: Config) -> bool:
-    """Whether a run was made to its end, as `cost.json` says, which is written last."""
-    return (run.directory / "cost.json").exists()
+    """Whether a run was made to its end, the one asked for now, as `cost.json` says, which is written last."""
+    path = run.directory / "cost.json"
+    if not path.exists():
+        return False
+    try:
+        return json.loads(path.read_text())["length"] == _length(run)
+    except (ValueError, KeyError, TypeError) as fault:
+        raise ValueError(f"{path} is damaged ({fault}): remove it, the run is then scored again") from fault
+
+
+def _length(run: Config) -> list[int | None]:
+    return [run.train.epochs, run.train.steps]
 
 
 def run_cell(path: Path) -> None:
@@ -141,6 +156,7 @@ def run_cell(path: Path) -> None:
         run_evaluation(run)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         cost = {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed, "peak_bytes": peak}
+        cost["length"] = _length(run)
         write_whole(run.directory / "cost.json", json.dumps(cost) + "\n")
 
 

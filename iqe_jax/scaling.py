@@ -184,8 +184,13 @@ def predicted_row(
 
 
 def measure(model: IqeClip, config: Config, per_chip: int, repeats: int) -> Iterator[Row]:
-    """A row for the train step on 1, 2, 4, … of the devices here: random weights and features, the median time."""
+    """A row for the train step on 1, 2, 4, … of the devices here: random weights and features, the median time.
+
+    Raises ValueError where the images of a step do not fall into equal parts.
+    """
     devices, first = jax.devices(), None
+    if (size := per_chip * config.mesh.fsdp) % config.train.accumulate:
+        raise ValueError(f"train.accumulate is {config.train.accumulate}; it must divide the {size} images of a step")
     for count in [2**i for i in range(len(devices).bit_length())]:
         layout = make_layout(config.mesh, devices[:count]) if count % _split(config) == 0 else None
         if layout is None:

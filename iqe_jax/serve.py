@@ -57,13 +57,13 @@ def serve(options: Options) -> None:
     token, hosts = check(options)
     listener = _bind(options.host, options.port)
     from iqe_jax import calibration, export
-    from iqe_jax.config import from_json
+    from iqe_jax.config import read
     from iqe_jax.detector import load
     from iqe_jax.web import create_app
 
     run = options.run
     detector, calibrated = load(run), calibration.load(run)
-    config = from_json((run / "config.json").read_text())
+    config = read(run / "config.json")
     about = export.describe(config, detector, export.chosen(run, config), calibrated)
     log = None if options.log == "none" else lambda line: console.print(line, markup=False, highlight=False)
     log_name = log if options.log == "names" else None

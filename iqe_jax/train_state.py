@@ -199,10 +199,11 @@ def compile_ahead(
     config: TrainConfig,
     dropout: float,
     layout: Layout,
-) -> threading.Thread:
-    """Compile, in the thread returned, what `train_step` will run on arguments like these, which may be shapes.
+) -> threading.Event:
+    """Compile, in a thread, what `train_step` will run on arguments like these, which may be shapes.
 
-    The first step, when it comes, waits for that and finds it done.
+    The event returned is set when that is over. It can be waited for where Ctrl-C may come, unlike the thread: a join
+    that is broken off makes Python 3.11 take the thread for ended, and end under it.
     """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -212,12 +213,15 @@ def compile_ahead(
 
     def compile_step() -> None:
         # Were it to fail, the step itself would fail as well, and say so where it is heard.
-        with contextlib.suppress(Exception), layout.active():
-            step_program.lower(*arguments, **step_settings(model, config, dropout, layout)).compile()
+        try:
+            with contextlib.suppress(Exception), layout.active():
+                step_program.lower(*arguments, **step_settings(model, config, dropout, layout)).compile()
+        finally:
+            compiled.set()
 
-    thread = threading.Thread(target=compile_step, name="compile")
-    thread.start()
-    return thread
+    compiled = threading.Event()
+    threading.Thread(target=compile_step, name="compile").start()
+    return compiled
 
 
 def step_settings(model: IqeClip, config: TrainConfig, dropout: float, layout: Layout) -> dict[str, Any]:

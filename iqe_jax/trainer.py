@@ -4,7 +4,6 @@ Data comes from training_data.py, one step from train_state.py, files go through
 """
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from iqe_jax import features, processes, training_data
-from iqe_jax.checkpoint import Checkpoints, RunDirectory
+from iqe_jax import features, processes, training_data, weights
+from iqe_jax.checkpoint import Checkpoints, RunDirectory, write_whole
 from iqe_jax.config import Config
 from iqe_jax.evaluator import evaluate
 from iqe_jax.features import FeatureSet
+from iqe_jax.metrics import defined
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.processes import Preempted, Preemption
 from iqe_jax.progress import Meter, console
@@ -58,6 +58,12 @@ class Trainer:
         rates = (settings.learning_rate, settings.temperature_learning_rate)
         self._shapes = shapes_laid_out(self.model, rates, self.layout)
 
+    @cached_property
+    def trained_on(self) -> dict[str, str]:
+        """What the weights come of besides the settings, each in a word. All processes have to ask."""
+        # Some of its values tell CLIP from any other, in no time.
+        return {"images": self.plan.digest, "clip": weights.digest(self.layout.gather(self.frozen), first=64)}
+
     def train(self) -> Params:
         """Train to the end, from the latest checkpoint if there is one; returns the kept weights, laid out.
 
@@ -70,32 +76,38 @@ class Trainer:
         # What starts from weights that were chosen on test data has seen it too.
         self._seen = chosen_on(start_from) if start_from else None
         self.run.claim()
-        with Checkpoints(self.run) as checkpoints:
-            state = checkpoints.restore(self._shapes, self.plan.digest)
-            step = 0 if state is None else int(state.step)
-            if step > self.total:
-                raise ValueError(
-                    f"{self.run.path} has come to step {step} already, past the {self.total} asked for; "
-                    "give this run another --run-dir"
-                )
-            if step > 0:
-                console.print(f"Going on from step {step} of {self.total} in {self.run.path}")
-            compiling = self._compile_ahead(step) if step < self.total else None
-            if state is None:
-                state = create(self.model, self.config.train, self.frozen, self.layout, initial)
-            if step < self.total:
-                check = self.preemption.check
-                sets = training_data.load(self.config, self.plan, self.model, self.frozen, self.layout, check)
-                selection = self._selection_features()
-                if compiling is not None:
-                    compiling.join()
-                state = self._loop(state, checkpoints, sets, selection)
-        if "last" in self.run.rules:
-            self.run.keep(self.layout.gather(state.trainable), "last", chosen_on=self._seen, step=int(state.step))
-        self.run.finish(self.total, support=[] if self.config.zero_shot else self.plan.names)
+        with self.run.alone():
+            with Checkpoints(self.run) as checkpoints:
+                state = self._to_the_end(checkpoints, initial)
+            if "last" in self.run.rules:
+                self.run.keep(self.layout.gather(state.trainable), "last", chosen_on=self._seen, step=int(state.step))
+            support = [] if self.config.zero_shot else self.plan.names
+            self.run.finish(self.total, support=support, trained_on=self.trained_on)
         return self.load_kept()
 
-    def _compile_ahead(self, step: int) -> threading.Thread | None:
+    def _to_the_end(self, checkpoints: Checkpoints, initial: Params | None) -> TrainState:
+        state = checkpoints.restore(self._shapes, self.trained_on)
+        step = 0 if state is None else int(state.step)
+        if step > self.total:
+            raise ValueError(
+                f"{self.run.path} has come to step {step} already, past the {self.total} asked for; "
+                "give this run another --run-dir"
+            )
+        if step > 0:
+            console.print(f"Going on from step {step} of {self.total} in {self.run.path}")
+        compiled = self._compile_ahead(step) if step < self.total else None
+        if state is None:
+            state = create(self.model, self.config.train, self.frozen, self.layout, initial)
+        if step < self.total:
+            check = self.preemption.check
+            sets = training_data.load(self.config, self.plan, self.model, self.frozen, self.layout, check)
+            selection = self._selection_features()
+            if compiled is not None:
+                compiled.wait()
+            state = self._loop(state, checkpoints, sets, selection)
+        return state
+
+    def _compile_ahead(self, step: int) -> threading.Event | None:
         """Compile step `step` (from 0) while the state is made, images are decoded and the image tower runs.
 
         None where processes are several: those have to compile one and the same at a time.
@@ -167,7 +179,7 @@ class Trainer:
                 stop = self.preemption.reached()
                 if last or stop or epoch % settings.checkpoint_every == 0:
                     settle()
-                    checkpoints.save(state, self.plan.digest)
+                    checkpoints.save(state, self.trained_on)
                 if stop and not last:
                     raise Preempted(f"told to stop; step {step + 1} of {self.total} is saved")
             settle()
@@ -194,9 +206,8 @@ class Trainer:
         """Keep the present weights by `rule` if they beat those it keeps by image plus pixel AUROC."""
         batches = images.batches(features.at_once(self.model, self.config, self.layout), self.layout)
         zero_shot = self.config.zero_shot
-        metrics = evaluate(
-            self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot, layout=self.layout
-        ).metrics
+        found = evaluate(self.model, state.trainable, self.frozen, batches, zero_shot=zero_shot, layout=self.layout)
+        metrics = defined(found.metrics)
         log.write_selection(int(state.step), rule, metrics)
         kept = self.run.facts(rule)
         if kept is None or _selection_score(metrics) > _selection_score(kept["metrics"]):
@@ -205,9 +216,8 @@ class Trainer:
             self.run.keep(trainable, rule, chosen_on=seen, step=step, metrics=metrics)
 
 
-def _selection_score(metrics: dict[str, float]) -> float:
-    pixels = metrics.get("pixel_auroc", 0.0)
-    return metrics["image_auroc"] + (0.0 if math.isnan(pixels) else pixels)  # NaN where all masks are empty
+def _selection_score(metrics: dict[str, Any]) -> float:
+    return metrics["image_auroc"] + (metrics.get("pixel_auroc") or 0.0)  # None where all masks are empty
 
 
 class _Log:
@@ -220,13 +230,20 @@ class _Log:
     def __enter__(self) -> "_Log":
         if not processes.is_main():
             return self
-        kept = []
-        if self._file.exists():
-            lines = self._file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._start]
-        self._file.write_text("".join(kept))
+        text, kept = self._file.read_text(errors="replace") if self._file.exists() else "", ""
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            if line.endswith("\n") and self._step(line, number) <= self._start:
+                kept += line
+        if kept != text:
+            write_whole(self._file, kept)
         self._lines = self._file.open("a", buffering=1)
         return self
+
+    def _step(self, line: str, number: int) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as fault:
+            raise ValueError(f"{self._file}, line {number}, is damaged ({fault}): remove that line") from fault
 
     @cached_property
     def _board(self) -> Any:
@@ -258,11 +275,11 @@ class _Log:
         for name, value in losses.items():
             self._board.add_scalar(f"train/{name}", value, step)
 
-    def write_selection(self, step: int, rule: str, metrics: dict[str, float]) -> None:
+    def write_selection(self, step: int, rule: str, metrics: dict[str, float | None]) -> None:
         """One line of what the weights after `step` score on the images that `rule` chooses by."""
         if not processes.is_main():
             return
         mark = {"chosen_on_test_data": True} if rule == "paper" else {}
         self._lines.write(json.dumps({"step": step, rule: metrics, **mark}) + "\n")
-        for name, value in metrics.items():
+        for name, value in ((name, value) for name, value in metrics.items() if value is not None):
             self._board.add_scalar(f"{rule}{'_chosen_on_test_data' if mark else ''}/{name}", value, step)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from iqe_jax.data.bmad import Sample, find_folder, load_split
 from iqe_jax.data.pipeline import FewShotBatches, IndexBatch, LeaveOneOutBatches, image_batches, results_ahead
 from iqe_jax.data.supports import draw_support, held_out, read_support
 from iqe_jax.data.transforms import AUGMENTATIONS, augment
+from iqe_jax.feature_files import write
 from iqe_jax.features import Check, FeatureSet
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.progress import console
@@ -34,6 +35,7 @@ from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
 AHEAD = 4  # batches that are gathered before their turn
+FEW = 64  # images that are told apart by all their bytes
 NORMALS_ONLY = (
     "every term of the loss is then least when all is called normal, so nothing would be learnt. Add some anomalous "
     "images, or train on other sets (--data.shots 0 --data.sources …): for these, normal images alone are enough to "
@@ -55,11 +57,20 @@ class Plan:
         """Names of all training images."""
         return [sample.name for samples in self.training.values() for sample in samples]
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """A word for which images are trained on, set by set and in which order."""
-        listed = "\n".join(f"{name} {sample.name}" for name, samples in self.training.items() for sample in samples)
-        return hashlib.blake2b(listed.encode(), digest_size=8).hexdigest()
+        """A word for which images are trained on, set by set and in which order.
+
+        By name and size, and by content where they are as few as support images are; not by place and time, as a run
+        may go on on another machine.
+        """
+        hasher, few = hashlib.blake2b(digest_size=8), len(self.names) <= FEW
+        for name, samples in self.training.items():
+            for sample in samples:
+                hasher.update(os.fsencode(f"{name} {sample.name}\n"))
+                for path in filter(None, (sample.image, sample.mask)):
+                    hasher.update(path.read_bytes() if few else f"{path.stat().st_size}\n".encode())
+        return hasher.hexdigest()
 
     def order(self, config: Config) -> FewShotBatches | LeaveOneOutBatches:
         """Which images each step sees, known from the step's number alone."""
@@ -183,7 +194,7 @@ def _support_features(
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
             if _room(folder.parent, sum(array.nbytes for array in arrays.values()), config.train.feature_disk_gb):
-                features.write(folder, arrays)
+                write(folder, arrays)
         except OSError as error:
             console.print(f"The features are not kept for the next run: {error}", markup=False)
     return found

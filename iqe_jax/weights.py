@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from iqe_jax.config import ModelConfig
+from iqe_jax.config import ModelConfig, read
 from iqe_jax.models.clip import ClipConfig, Templates
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.sharding import Layout
@@ -80,6 +80,18 @@ def frozen_shardings(model: IqeClip, layout: Layout) -> dict[str, Any]:
     return layout.shardings(jax.eval_shape(model.init_frozen, jax.random.key(0)))
 
 
+def adapter_file(directory: Path) -> Path:
+    """The file of a run's weights: those it trains, or a given adapter that it only scores. It need not be there.
+
+    Raises ValueError for a directory whose config.json is damaged.
+    """
+    own, stored = directory / "adapter.safetensors", directory / "config.json"
+    if any(path.exists() for path in (own, directory / "kept.json", directory / "checkpoints")) or not stored.exists():
+        return own
+    given = read(stored).model.adapter
+    return Path(given) if given else own
+
+
 def load_adapter(model: IqeClip, source: str | Path) -> Params:
     """A trained adapter for `model`, from an official .pth or our .safetensors, on the default device.
 
@@ -144,13 +156,13 @@ def adapter_settings(adapter: Params) -> dict[str, int]:
     }
 
 
-def digest(tree: Mapping[str, Any]) -> str:
-    """A short fingerprint of all names, shapes and values of a parameter tree."""
+def digest(tree: Mapping[str, Any], first: int | None = None) -> str:
+    """A short fingerprint of all names, shapes and values of a parameter tree, or of each array's `first` values."""
     hasher = hashlib.blake2b(digest_size=16)
     for path, leaf in _leaves(tree):
         array = np.ascontiguousarray(leaf)
         hasher.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        hasher.update(array.data)
+        hasher.update(array.reshape(-1)[:first].data)
     return hasher.hexdigest()
 
 

@@ -91,6 +91,12 @@ def test_help_explains_every_field(capsys):
         (("--config", "brain_fewshot", "--train.batch-size", "0"), "train.batch_size is 0; it must be above 0"),
         (("--config", "brain_fewshot", "--eval.batch-size", "0"), "eval.batch_size is 0; it must be above 0"),
         (("--config", "brain_fewshot", "--train.learning-rate", "nan"), "train.learning_rate is nan"),
+        (("--config", "brain_fewshot", "--model.sigma", "inf"), "model.sigma is inf; it must be 0 or more, and finite"),
+        (
+            ("--config", "brain_fewshot", "--train.learning-rate", "inf"),
+            "learning_rate is inf; it must be above 0",
+        ),
+        (("--config", "brain_fewshot", "--train.seed", "4294967296"), "train.seed is 4294967296; seeds must be below"),
         (("--config", "brain_fewshot", "--model.levels", "3", "3"), "must list different blocks"),
         (("--config", "brain_fewshot", "--train.dropout", "1"), "must be in \\[0, 1\\)"),
         (("--config", "brain_fewshot", "--model.fusion-weight", "1.5"), "must be in \\[0, 1\\]"),

@@ -22,7 +22,7 @@ from iqe_jax.footprint import (
     in_bytes,
     train_footprint,
 )
-from iqe_jax.scaling import predicted_row
+from iqe_jax.scaling import main, predicted_row
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import describe
 
@@ -145,6 +145,12 @@ def test_traffic_between_eight_devices():
     # Gradients, and the keys and values of the text prefix that all images share.
     assert 0.5 * int(trainable) < int(exchanged) < 1.5 * int(trainable)
     assert "all-gather" in fsdp and int(fsdp[-2]) < int(trainable)
+
+
+def test_steps_that_do_not_fall_into_equal_parts_are_refused(tmp_path):
+    line = ["--config", "phantom_fewshot", "--measure", "--per-chip", "15", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"train.accumulate is 4; it must divide the 15 images of a step"):
+        main([*line, "--train.accumulate", "4"])
 
 
 def test_measuring_says_what_it_is(tmp_path):

@@ -61,11 +61,33 @@ def test_finished_runs_are_read_back_and_missing_ones_made(made, monkeypatch):
     assert json.loads((out / "table.json").read_text())["rows"][0]["runs"] == 1
 
 
+def test_runs_of_another_length_are_not_taken_for_those_asked_for(made, monkeypatch):
+    line, out = made
+    started = []
+    monkeypatch.setattr(reproduce, "_start", lambda cell, out: started.append(cell.name))
+    reproduce.main([*line, "--train.steps", "2"])
+    assert started == ["brain-k2"]
+    assert json.loads((out / "table.json").read_text())["rows"][0]["runs"] == 0
+    cost = out / "runs" / "brain-k2-seed0" / "cost.json"
+    before = cost.read_text()
+    cost.write_text("{}")
+    with pytest.raises(SystemExit, match=r"cost.json is damaged .* remove it"):
+        reproduce.main(line)
+    cost.write_text(before)
+
+
+def test_each_seed_takes_a_row_of_a_support_list():
+    line = ["--shots", "4", "--seeds", "3", "--data.support-list", "4-shot.txt", "--data.support-row", "2"]
+    _, listed = reproduce.cells(line)
+    assert [run.data.support_row for run in listed[0].runs] == [2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--sets", "knee"), "--sets has knee; there are brain"),
         (("--seeds", "0"), "must be above 0"),
+        (("--eval.seeds", "2"), "--eval.seeds is 2; the runs of a table are given by --seeds"),
         (("--data.root", "nowhere"), "no data folder at nowhere"),
         (("--train.learning-rate", "1"), "holds a run with other settings"),
     ],

@@ -20,7 +20,7 @@ LAYERS = [
     ["convert"],
     ["iqe_jax.processes", "iqe_jax.sharding"],
     ["iqe_jax.weights"],
-    ["iqe_jax.train_state"],
+    ["iqe_jax.train_state", "iqe_jax.feature_files"],
     ["iqe_jax.features", "iqe_jax.checkpoint", "iqe_jax.evaluator"],
     ["iqe_jax.training_data", "iqe_jax.detector", "iqe_jax.saved_maps", "iqe_jax.ledger", "iqe_jax.calibration"],
     ["iqe_jax.report", "iqe_jax.report_page", "iqe_jax.report_figures"],

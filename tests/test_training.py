@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,10 +16,21 @@ from PIL import Image
 import evaluate as evaluate_script
 import iqe_jax
 import train as train_script
-from iqe_jax import config, evaluation, experiment, features, sharding, train_state, trainer, training_data
+from iqe_jax import (
+    cache,
+    calibration,
+    config,
+    evaluation,
+    experiment,
+    features,
+    sharding,
+    train_state,
+    trainer,
+    training_data,
+)
 from iqe_jax.checkpoint import Checkpoints, RunDirectory
 from iqe_jax.data.bmad import load_split
-from iqe_jax.metrics import IMAGE_METRICS
+from iqe_jax.metrics import IMAGE_METRICS, defined
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import chosen_on, load_adapter
 from tests import compiled
@@ -244,6 +256,96 @@ def test_a_damaged_checkpoint_is_named(few_shot, tmp_path):
         experiment.run_training(at(few_shot, tmp_path, epochs=2))
 
 
+def repaint(path, change):
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    Image.fromarray(change(pixels)).save(path)
+
+
+@pytest.mark.parametrize("what", ["training images", "CLIP weights"])
+def test_a_run_goes_on_with_what_it_was_begun_with_alone(few_shot, tiny_root, tmp_path, monkeypatch, capsys, what):
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
+    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
+    recipe = at(recipe, tmp_path / "run", epochs=1)
+    experiment.run_training(recipe)
+    if what == "CLIP weights":
+        real = experiment.load_model
+
+        def load_other(*args):
+            model, frozen = real(*args)
+            return model, jax.tree.map(lambda x: x * 1.01, frozen)
+
+        monkeypatch.setattr(experiment, "load_model", load_other)
+        with pytest.raises(ValueError, match="run was trained with other CLIP weights"):
+            experiment.run_training(recipe)
+    else:
+        kept = json.loads((tmp_path / "run" / "kept.json").read_text())["support"]
+        (image,) = [s.image for s in load_split(root, "brain", "valid") if s.name == kept[0]]
+        repaint(image, lambda pixels: 255 - pixels)
+        experiment.run_training(recipe)  # these weights are what they are
+        assert "is trained already, 6 steps, on other training images than" in capsys.readouterr().err.replace(
+            "\n", " "
+        )
+    with pytest.raises(ValueError, match=f"checkpoints/6 was made on other {what} than are here now"):
+        experiment.run_training(at(recipe, tmp_path / "run", epochs=2))
+
+
+def test_a_run_directory_has_one_training_at_a_time(few_shot, tmp_path):
+    recipe = at(few_shot, tmp_path, steps=1)
+    other = RunDirectory(recipe)
+    other.claim()
+    with other.alone(), pytest.raises(ValueError, match=r"another command is at work in .* another --run-dir"):
+        experiment.run_training(recipe)
+    experiment.run_training(recipe)
+
+
+def test_what_chose_other_weights_is_not_finished(few_shot, golden_model, tmp_path):
+    run = RunDirectory(side_by_side(few_shot, tmp_path, "valid"))
+    run.claim()
+    weights = jax.tree.map(np.asarray, golden_model[2])
+    run.keep(weights, "last", step=6)
+    run.finish(6)
+    run.keep(weights, "valid", step=9, metrics={})  # by a longer training, which may be stopped after it
+    assert RunDirectory(run.config).finished_at is None
+    assert RunDirectory(run.config).facts("last") == {"rule": "last", "step": 6}
+
+
+@pytest.mark.parametrize("name", ["kept.json", "config.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b"", b"[1]\n", b'{"step": \xff}\n'])
+def test_damaged_files_of_a_run_are_named(few_shot, tmp_path, name, content):
+    experiment.run_training(at(few_shot, tmp_path, steps=1))
+    (tmp_path / name).write_bytes(content)
+    longer = at(few_shot, tmp_path, steps=2)
+    if name == "metrics.jsonl" and not content:
+        experiment.run_training(longer)
+        return
+    with pytest.raises(ValueError, match=rf"{name}(, line 1, is damaged|.*remove .* and begin again)"):
+        experiment.run_training(longer)
+
+
+@pytest.mark.parametrize("empty", [{"prompt_depth": 1}, {"learnable_tokens": 0}])
+def test_a_model_without_some_prompts_is_saved_and_goes_on(few_shot, tmp_path, empty):
+    recipe = dataclasses.replace(few_shot, model=dataclasses.replace(few_shot.model, **empty))
+    for steps in (1, 2):
+        experiment.run_training(at(recipe, tmp_path / "resumed", steps=steps, checkpoint_every=1))
+    experiment.run_training(at(recipe, tmp_path / "whole", steps=2))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert iqe_jax.load(tmp_path / "resumed")(np.zeros((40, 40, 3), np.uint8)).score.shape == ()
+
+
+def test_a_step_that_does_not_compile_ahead_says_so_itself(few_shot, tmp_path, monkeypatch):
+    class Broken:
+        def lower(self, *args, **kwargs):
+            raise ValueError("no such program")
+
+        def __call__(self, *args, **kwargs):
+            raise ValueError("no such program")
+
+    monkeypatch.setattr(train_state, "step_program", Broken())
+    with pytest.raises(ValueError, match="no such program"):
+        experiment.run_training(at(few_shot, tmp_path, steps=1))
+
+
 # ---------------------------------------------------------------------------- which weights are kept
 
 
@@ -310,9 +412,27 @@ def test_zero_shot_never_trains_on_the_target_under_another_name(tiny_root, zero
 
 
 def test_masks_that_are_all_empty_do_not_stop_the_choice():
-    empty = float("nan")
-    assert trainer._selection_score({"image_auroc": 0.75, "pixel_auroc": empty}) == 0.75
+    empty = defined({"image_auroc": 0.75, "pixel_auroc": float("nan")})
+    assert trainer._selection_score(empty) == 0.75
     assert trainer._selection_score({"image_auroc": 0.75, "pixel_auroc": 0.5}) == 1.25
+
+
+def test_what_is_undefined_is_null_in_json(few_shot, tiny_root, tmp_path):
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
+    for sample in (*load_split(root, "brain", "valid"), *load_split(root, "brain", "test")):
+        if sample.mask is not None:
+            repaint(sample.mask, lambda pixels: 0 * pixels)
+    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
+    run_dir = tmp_path / "run"
+    evaluation.run_evaluation(at(recipe, run_dir, keep="valid", epochs=1))
+
+    def read(text):
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    assert read((run_dir / "kept.json").read_text())["metrics"]["pixel_auroc"] is None
+    assert read((run_dir / "metrics.json").read_text())["weights"]["metrics"]["pixel_auroc"] is None
+    chosen = [line for line in map(read, (run_dir / "metrics.jsonl").read_text().splitlines()) if "valid" in line]
+    assert [line["valid"]["pixel_auroc"] for line in chosen] == [None]
 
 
 def test_images_that_were_trained_on_calibrate_nothing_though_the_pool_has_grown(few_shot, tiny_root, tmp_path):
@@ -335,6 +455,19 @@ def test_images_that_were_trained_on_calibrate_nothing_though_the_pool_has_grown
         patch.setattr(evaluation, "_score", score)
         evaluation.run_evaluation(recipe)
     assert len(scored) == 2 and scored[1] and not scored[1] & support
+
+
+def test_names_may_hold_any_bytes(few_shot, zero_shot, tiny_root, tmp_path):
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
+    for split in ("valid", "test"):
+        for image in {sample.image.parent: sample.image for sample in load_split(root, "chest", split)}.values():
+            image.rename(image.with_name(os.fsdecode(b"\xff\xfe.png")))
+    data = dataclasses.replace(few_shot.data, root=root, dataset="chest", shots=6)
+    experiment.run_training(dataclasses.replace(at(few_shot, tmp_path / "few", steps=1), data=data))
+    data = dataclasses.replace(zero_shot.data, root=root)
+    recipe = dataclasses.replace(at(zero_shot, tmp_path / "zero", steps=2, features="disk"), data=data)
+    experiment.run_training(recipe)
+    evaluation.run_evaluation(dataclasses.replace(recipe, data=data))
 
 
 def test_zero_shot_trains_on_the_other_sets_and_scores_the_target(zero_shot, tmp_path):
@@ -497,6 +630,17 @@ def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_roo
     assert len(runs) == 5 + 3  # 7 batches of 3; the two shards of 6 that were whole are not computed again
     np.testing.assert_array_equal(rows(resumed, "patch_tokens"), rows(whole, "patch_tokens"))
     np.testing.assert_array_equal(rows(resumed, "masks"), rows(whole, "masks"))
+    files = sorted(cache.cache_dir().glob("features/*/0000[012]/*.npy"), key=lambda path: path.stat().st_mtime)[-9:]
+    damaged = {path.parent.name: path for path in files}
+    assert len(damaged) == 3
+    damaged["00000"].write_bytes(b"")
+    damaged["00001"].write_bytes(damaged["00001"].read_bytes()[:200])
+    damaged["00002"].unlink()
+    del runs[:]
+    monkeypatch.setattr(features, "run_tower", lambda *args: runs.append(1) or real(*args))
+    mended = of_samples(recipe, model, frozen, samples)
+    assert len(runs) == 6  # the fourth shard is whole
+    np.testing.assert_array_equal(rows(mended, "patch_tokens"), rows(whole, "patch_tokens"))
 
 
 def test_a_full_disk_is_found_out_before_any_work(few_shot, golden_model, tiny_root, monkeypatch):
@@ -553,6 +697,19 @@ def test_a_dry_run_prints_bytes_and_leaves_nothing(few_shot, tmp_path, capsys):
         train_script.main(arguments(few_shot, tmp_path / "run", "--dry-run", "--data.root", "nowhere"))
 
 
+def test_a_dry_run_of_a_given_adapter_asks_for_no_training_sets(few_shot, tiny_root, tmp_path, capsys):
+    (brain,) = [path for path in tiny_root.iterdir() if "brain" in path.name.lower()]
+    shutil.copytree(brain, tmp_path / "sets" / brain.name)
+    line = arguments(
+        few_shot, tmp_path / "run", "--dry-run", "--data.root", str(tmp_path / "sets"), "--data.shots", "0"
+    )
+    evaluate_script.main([*line, "--model.adapter", "given.pth"])
+    shown = capsys.readouterr().out
+    assert "frozen parameters" in shown and "optimiser" in shown and "Kept features" not in shown
+    with pytest.raises(SystemExit, match="is not in"):
+        evaluate_script.main(line)
+
+
 def test_an_official_checkpoint_is_scored_without_training(few_shot, golden_files, golden_settings, tmp_path):
     recipe = dataclasses.replace(few_shot, model=dataclasses.replace(few_shot.model, **golden_settings))
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, adapter=str(golden_files[1])))
@@ -568,6 +725,30 @@ def test_training_starts_from_a_given_adapter(few_shot, golden_files, golden_set
     trained = experiment.run_training(recipe)
     start = load_adapter(trained.model, golden_files[1])
     np.testing.assert_allclose(trained.trainable["dense"]["kernel"], start["dense"]["kernel"], atol=1e-7)
+
+
+def test_a_run_trained_from_a_given_adapter_is_scored_with_its_own(few_shot, golden_files, golden_settings, tmp_path):
+    model = dataclasses.replace(few_shot.model, **golden_settings, adapter=str(golden_files[1]))
+    recipe = dataclasses.replace(at(few_shot, tmp_path, steps=3), model=model)
+    trained = experiment.run_training(recipe)
+    evaluation.run_evaluation(recipe)
+    assert json.loads((tmp_path / "metrics.json").read_text())["weights"]["rule"] == "last"
+    samples = load_split(recipe.data.root, "brain", "test")
+    detector = iqe_jax.Detector(trained.model, trained.frozen, trained.trainable, zero_shot=False)
+    np.testing.assert_allclose(detector([s.image for s in samples]).score, list(scores(tmp_path).values()), atol=2e-5)
+
+
+def test_a_calibration_belongs_to_the_given_adapter_that_it_was_made_with(
+    few_shot, golden_files, golden_settings, tmp_path
+):
+    given = Path(shutil.copy(golden_files[1], tmp_path))
+    model = dataclasses.replace(few_shot.model, **golden_settings, adapter=str(given))
+    recipe = dataclasses.replace(at(few_shot, tmp_path / "run"), model=model)
+    evaluation.run_evaluation(recipe)
+    assert calibration.load(tmp_path / "run") is not None
+    given.write_bytes(given.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="was made with other weights than those of"):
+        calibration.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -611,10 +792,7 @@ def test_without_weights_the_message_says_what_to_get(few_shot, tmp_path, monkey
 
 
 def test_an_unreadable_image_is_named(few_shot, tiny_root, tmp_path):
-    import shutil
-
-    root = tmp_path / "sets"
-    shutil.copytree(tiny_root, root)
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
     (root / "Brain_AD/test/Ungood/img/003.png").write_bytes(b"\x89PNG\r\n")
     recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
     with pytest.raises(ValueError, match=r"Ungood/img/003\.png"):
