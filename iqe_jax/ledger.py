@@ -6,6 +6,7 @@ failures.jsonl   a line per file that could not be used in the latest run, which
 scores.csv       the same as scores.jsonl, made from it at the end
 """
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -27,10 +28,14 @@ _COLUMNS = ("file", "frame", "score", "probability", "decision", "heatmap")
 
 @dataclass(frozen=True)
 class Item:
-    """A file to predict: what it is called in messages and results, and by what its results are named and found."""
+    """A file to predict: what it is called in messages and results, and by what its results are named and found.
+
+    `place` stands for where the file lies, whatever is there, and `key` for this version of it.
+    """
 
     path: Path
     label: str
+    place: str
     key: str
 
 
@@ -40,18 +45,21 @@ def find(given: Sequence[str], out: Path, redact: bool = False) -> list[Path]:
     In a folder those count that end as scans do, and those of any name that begin as DICOM files do; hidden ones, the
     results in `out` and DICOMDIR do not. Links to folders are not followed.
 
-    Raises FileNotFoundError where one of `given` stands for no file; under `redact` by its number, not its name.
+    Raises FileNotFoundError where one of `given` stands for no file, and OSError where a folder cannot be searched;
+    under `redact` they name the number, not the name.
     """
     found: dict[Path, Path] = {}
     for number, name in enumerate(given, 1):
+        called = f"PATH number {number}" if redact else None
         matches = [Path(name)] if Path(name).exists() else _matching(name)
-        files = [file for match in matches for file in (_walk(match, out) if match.is_dir() else [match])]
+        files = [file for match in matches for file in (_walk(match, out, called) if match.is_dir() else [match])]
         files = [file for file in files if out.resolve() not in file.resolve().parents]
         if not files:
-            called = f"PATH number {number}" if redact else printable(name)
             what = "holds no scans" if matches else "is not there, and no file matches it"
             endings = ", ".join(sorted(SUFFIXES))
-            raise FileNotFoundError(f"{called} {what}: expected a scan, a pattern, or a folder with files in {endings}")
+            raise FileNotFoundError(
+                f"{called or printable(name)} {what}: expected a scan, a pattern, or a folder with files in {endings}"
+            )
         for file in files:
             found.setdefault(file.resolve(), file)
     if not found:
@@ -70,8 +78,14 @@ def _matching(pattern: str) -> list[Path]:
     return sorted(path for path in matches if not any(part.startswith(".") for part in path.relative_to(base).parts))
 
 
-def _walk(folder: Path, out: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
+def _walk(folder: Path, out: Path, called: str | None) -> Iterator[Path]:
+    def fail(fault: OSError) -> None:
+        place = fault.filename if called is None else f"a folder of {called}"
+        raise OSError(
+            f"{printable(str(place))} cannot be searched: {fault.strerror}; give files or folders that can be"
+        )
+
+    for place, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and (Path(place) / f).resolve() != out.resolve()
         )
@@ -95,11 +109,12 @@ def _may_be_scan(path: Path) -> bool:
 def itemise(paths: Sequence[Path], redact: bool) -> list[Item]:
     """Names for results: under `redact` numbers, else the path, and a key that no other file or later version has."""
     if redact:
-        return [Item(path, f"file-{i:05d}", f"file-{i:05d}") for i, path in enumerate(paths, 1)]
+        return [Item(path, *[f"file-{i:05d}"] * 3) for i, path in enumerate(paths, 1)]
     items = []
     for path in paths:
         stem = re.sub(r"[^\w.-]", "_", re.sub(r"(\.nii)?\.[^.]*$", "", path.name), flags=re.ASCII)[:60].strip(".")
-        items.append(Item(path, printable(str(path)), f"{stem or 'scan'}-{_digest([path])[:10]}"))
+        place = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
+        items.append(Item(path, printable(str(path)), place, f"{stem or 'scan'}-{_digest([path])[:10]}"))
     return items
 
 
@@ -128,14 +143,30 @@ class Ledger:
         """Open the folder.
 
         Raises ValueError where it has results of other settings, files of another command that results would
-        overwrite, or a line that is none, FileExistsError where a file is in its place.
+        overwrite, a damaged line, or another command at work in it, FileExistsError where a file is in its place.
         """
-        from iqe_jax.checkpoint import write_whole
+        from iqe_jax.checkpoint import alone_in
 
         self.out.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(alone_in(self.out, "give this one another --out"))
+            self._read()
+            self._scores = stack.enter_context((self.out / "scores.jsonl").open("ab", buffering=0))
+            self._failures = stack.enter_context((self.out / "failures.jsonl").open("wb", buffering=0))
+            self._entered = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._entered.close()
+
+    def _read(self) -> None:
+        """Take what is there, if it is of the same settings, and drop what is half or of files that have changed."""
+        from iqe_jax.checkpoint import write_whole
+
         stored = self.out / "settings.json"
         if stored.exists():
-            self._compare(json.loads(stored.read_text()))
+            self._compare(stored)
         elif foreign := [name for name in _RESULTS if (self.out / name).exists()]:
             raise ValueError(
                 f"{self.out} holds {', '.join(foreign)} and no settings.json, so it is no folder of predictions: give "
@@ -146,25 +177,21 @@ class Ledger:
         path = self.out / "scores.jsonl"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole, kept = text[: text.rfind("\n") + 1], ""
-        current = {item.label: item.key for item in self.items}
+        current = {item.place: item.key for item in self.items}
         for key, lines in _by_file(path, whole).items():
             records = [record for _, record in lines]
             complete = len(records) == records[0]["frames"]
-            if complete and current.get(records[0]["file"], key) == key:  # else it was cut short, or the file changed
+            if complete and current.get(records[0]["place"], key) == key:  # else it was cut short, or the file changed
                 self.done.add(key)
                 kept += "".join(line for line, _ in lines)
         if kept != text:
             write_whole(path, kept)
-        self._scores = path.open("ab", buffering=0)
-        self._failures = (self.out / "failures.jsonl").open("wb", buffering=0)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close the files."""
-        self._scores.close()
-        self._failures.close()
-
-    def _compare(self, stored: dict[str, Any]) -> None:
+    def _compare(self, path: Path) -> None:
+        try:
+            stored = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as fault:
+            raise ValueError(f"{path} is damaged ({fault}): give another --out, or remove that folder") from fault
         different = [name for name in self.settings if stored.get(name) != self.settings[name]]
         if different:
             short = ", ".join(
@@ -180,8 +207,8 @@ class Ledger:
 
     def record(self, item: Item, frame: int, frames: int, score: float) -> dict[str, Any]:
         """A line of scores.jsonl, without what comes later."""
-        record = {"file": item.label, "key": item.key, "frame": frame, "frames": frames, "score": round(score, 6)}
-        return {**record, "probability": None, "decision": None, "heatmap": None}
+        record = {"file": item.label, "place": item.place, "key": item.key, "frame": frame, "frames": frames}
+        return {**record, "score": round(score, 6), "probability": None, "decision": None, "heatmap": None}
 
     def add(self, item: Item, records: Sequence[dict[str, Any]]) -> None:
         """Put all frames of a file on record, in one write."""
@@ -224,6 +251,8 @@ def _by_file(path: Path, text: str) -> dict[str, list[tuple[str, dict[str, Any]]
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         try:
             record = json.loads(line)
+            if missing := {"file", "place", "key", "frame", "frames"} - set(record):
+                raise ValueError(f"it has no {min(missing)}")
             files[record["key"]].append((line, record))
         except (ValueError, KeyError, TypeError) as fault:
             raise ValueError(

@@ -1,6 +1,7 @@
 """From a folder of one's own to decisions: training on it, predicting scans of every kind, being killed, going on."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import iqe_jax
 import predict as predict_script
 import train as train_script
 from iqe_jax import calibration, scan_maps
+from iqe_jax.checkpoint import alone_in
 from iqe_jax.data.phantoms import CLIP_DIR
 from iqe_jax.data.scans import open_scan
 from iqe_jax.ledger import find, itemise
@@ -297,6 +299,50 @@ def test_files_of_others_are_not_overwritten(run, scans, tmp_path):
     assert "is there already and lists other files" in predict(run, tmp_path / "two", scans / "a", *more)
     assert key.read_bytes() == before
     assert predict(run, tmp_path / "one", scans / "b", *more) == 3  # the same list may be written again
+
+
+def test_files_are_told_apart_by_where_they_lie(run, tmp_path, monkeypatch):
+    out, more = tmp_path / "out", ("--no-heatmaps",)
+    for i, folder in enumerate(("one", "other")):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(noise(np.random.default_rng(i), False)).save(tmp_path / folder / "a.png")
+        monkeypatch.chdir(tmp_path / folder)
+        assert predict(run, out, "a.png", *more) == 0
+    first, second = table(out)
+    assert first["file"] == second["file"] == "a.png" and first["score"] != second["score"]
+    path = tmp_path / "other" / "a.png"
+    Image.fromarray(noise(np.random.default_rng(9), True)).save(path)
+    assert predict(run, out, path, *more) == 0  # by another name, and changed
+    changed, kept = table(out)
+    assert changed["file"] == str(path) and changed["score"] not in (first["score"], second["score"])
+    assert kept in (first, second) and len(lines(out / "scores.jsonl")) == 2
+
+
+def test_one_command_at_a_time_has_a_folder_and_damage_is_named(run, scans, tmp_path):
+    out, image = tmp_path / "out", scans / "a" / "same.png"
+    out.mkdir()
+    with alone_in(out, "wait"):
+        assert "another command is at work in" in predict(run, out, image, "--no-heatmaps")
+    assert predict(run, out, image, "--no-heatmaps") == 0
+    (out / "scores.jsonl").write_text('{"key": "same"}\n')
+    assert "scores.jsonl, line 1, is damaged (it has no file)" in predict(run, out, image, "--no-heatmaps")
+    (out / "settings.json").write_text("[")
+    assert "settings.json is damaged" in predict(run, out, image, "--no-heatmaps")
+
+
+def test_a_folder_that_cannot_be_searched_is_named(scans, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=r"b cannot be searched: Permission denied; "):
+        find([str(scans)], Path("out"))
+    with pytest.raises(OSError, match=r"^a folder of PATH number 1 cannot be searched"):
+        find([str(scans)], Path("out"), redact=True)
 
 
 def test_strict_stops_at_the_first_bad_file(run, scans, tmp_path):
