@@ -35,7 +35,7 @@ class Limits:
     max_requests: int = 128
     """Scans inside at a time, read, waiting or computed; more are told to come back."""
     max_total_mb: float = 512
-    """Megabytes of all uploads inside at a time."""
+    """Megabytes of all uploads and of the volumes unpacked from them, inside at a time."""
     upload_seconds: float = 60
     """Seconds in which an upload has to arrive."""
     batch_size: int = 16

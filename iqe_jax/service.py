@@ -8,6 +8,7 @@ import asyncio
 import base64
 import io
 import re
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +100,7 @@ class Service:
         self.detector, self.calibrated, self.limits = detector, calibrated, limits
         self.meters = Meters()
         self.batcher = Batcher(detector, limits.batch_size, limits.wait_ms / 1000, self.meters)
-        self.inside, self.bytes = 0, 0
+        self.inside, self.bytes, self.lock = 0, 0, threading.Lock()
         self._log_name, self._prevalence = log_name, prevalence
         self._decoders = ThreadPoolExecutor(limits.decoders, "decoder")
 
@@ -129,7 +130,9 @@ class Service:
             data, name = await upload.read(request)
             pixels = int(limits.max_megapixels * 1e6)
             scan = await self._aside(
-                lambda: open_scan(data, name=name, window=view.window, axis=view.axis, max_pixels=pixels)
+                lambda: open_scan(
+                    data, name=name, window=view.window, axis=view.axis, max_pixels=pixels, hold=upload.hold
+                )
             )
             if len(scan) > limits.max_frames:
                 raise HTTPException(413, f"the scan has {len(scan)} frames, more than the {limits.max_frames} allowed")
@@ -138,6 +141,8 @@ class Service:
             frames = await self._frames(scan, range(len(scan)) if only is None else [only], pictures, best)
         except TooLargeError as fault:
             raise HTTPException(413, str(fault)) from None
+        except _NoRoomError as fault:
+            raise busy(str(fault)) from None
         except ScanError as fault:
             raise HTTPException(422, str(fault)) from None
         finally:
@@ -218,6 +223,10 @@ def busy(why: str) -> HTTPException:
     return HTTPException(503, f"{why}; come back in a second", {"Retry-After": "1"})
 
 
+class _NoRoomError(ScanError):
+    """Memory is full now."""
+
+
 class _InMemory(MultiPartParser):
     """Starlette's parser, which would write what is over 1 MB into a temporary file."""
 
@@ -225,15 +234,28 @@ class _InMemory(MultiPartParser):
 
 
 class _Upload:
-    """The bytes of one request, counted into those of all requests until released."""
+    """The bytes of one request and of its volume, counted into those of all requests until released."""
 
     def __init__(self, service: Service):
         self._service, self._held = service, 0
+        self._most = int(service.limits.max_total_mb * 1e6)
 
     def release(self) -> None:
         """Give the room back."""
-        self._service.bytes -= self._held
-        self._held = 0
+        self._count(-self._held)
+
+    def hold(self, size: int) -> None:
+        """Count a volume of `size` bytes in, from any thread. Raises ScanError where there is no room for it."""
+        if size > self._most:
+            raise TooLargeError(f"the volume takes {size / 1e6:.0f} MB, more than the {self._most / 1e6:g} allowed")
+        if self._count(size) > self._most:
+            raise _NoRoomError(f"scans of {self._most / 1e6:g} MB are inside already")
+
+    def _count(self, size: int) -> int:
+        with self._service.lock:
+            self._held += size
+            self._service.bytes += size
+            return self._service.bytes
 
     async def read(self, request: Request) -> tuple[bytes, str]:
         """The scan and the name its file has, without folders. Raises HTTPException."""
@@ -252,7 +274,7 @@ class _Upload:
 
     async def _body(self, request: Request) -> bytes:
         limits = self._service.limits
-        at_most, in_all = int(limits.max_mb * 1e6), int(limits.max_total_mb * 1e6)
+        at_most = int(limits.max_mb * 1e6)
         declared = request.headers.get("content-length", "")
         large = HTTPException(413, f"the upload is larger than the {limits.max_mb:g} MB allowed")
         if declared.isdecimal() and int(declared) > at_most:
@@ -260,12 +282,11 @@ class _Upload:
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            self._held += len(chunk)
-            self._service.bytes += len(chunk)
+            inside = self._count(len(chunk))
             if len(body) > at_most:
                 raise large
-            if self._service.bytes > in_all:
-                raise busy(f"uploads of {limits.max_total_mb:g} MB are inside already")
+            if inside > self._most:
+                raise busy(f"scans of {limits.max_total_mb:g} MB are inside already")
         return bytes(body)
 
 

@@ -10,10 +10,12 @@ from typing import get_args, get_type_hints
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import iqe_jax
 from iqe_jax import calibration, export
 from iqe_jax.config import Config, DataConfig, ModelConfig
+from iqe_jax.data.transforms import load_image
 from iqe_jax.detector import Detector
 from iqe_jax.weights import save_adapter
 from tests.runs import LAST, write_run
@@ -115,7 +117,7 @@ def test_only_the_words_of_the_templates_come_along(model, golden_model):
     assert not any(name.startswith("/") or ".." in name for name in weights)
 
 
-def test_it_says_what_it_is(model):
+def test_it_says_what_it_is(model, tmp_path, monkeypatch):
     import hashlib
 
     about = json.loads((model / "model.json").read_text())
@@ -131,6 +133,13 @@ def test_it_says_what_it_is(model):
         assert hashlib.sha256((model / name).read_bytes()).hexdigest() == file["sha256"]
     card = (model / "README.md").read_text()
     assert "(batch, 40, 40, 3)" in card and "Not a medical device" in card and "test set" not in card
+    monkeypatch.chdir(tmp_path)
+    for bits in (np.uint8, np.uint16):
+        pixels = np.random.default_rng(0).integers(0, np.iinfo(bits).max + 1, (57, 33), bits)
+        Image.fromarray(pixels).save("scan.png")
+        read: dict[str, np.ndarray] = {}
+        exec(card.split("```python\n")[2].partition("```")[0], read)
+        np.testing.assert_array_equal(read["images"][0], load_image(Path("scan.png"), 40))
     # Neither names of images, which may be patients', nor paths of this machine.
     everything = "".join(path.read_text() for path in (model / "model.json", model / "README.md"))
     assert "miller" not in everything and str(model.parent) not in everything

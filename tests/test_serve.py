@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import threading
@@ -9,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import httpx
+import nibabel
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -338,6 +340,30 @@ def test_a_full_house_is_refused_and_a_fault_hits_only_its_batch(golden_model):
         stuck.gate.wait = lambda _: None
         assert post(client, png(PIXELS[0])).status_code == 200
         assert "iqe_jax_failures_total 1" in client.get("/metrics").text
+
+
+def test_unpacked_volumes_count(golden_model):
+    volume = nibabel.Nifti1Image(np.zeros((1000, 1000, 3)), np.eye(4))  # 24 MB, packed a few kB
+    content, kind = gzip.compress(volume.to_bytes()), "application/gzip"
+    stuck = Stuck(*golden_model, zero_shot=False)
+    app = create_app(stuck, about={}, limits=Limits(max_total_mb=23))
+    with TestClient(app, base_url="http://localhost") as client:
+        refused = post(client, content, kind=kind)
+        assert refused.status_code == 413 and "takes 24 MB, more than the 23 allowed" in refused.json()["detail"]
+        assert post(client, png(PIXELS[0])).status_code == 200
+    app = create_app(stuck, about={}, limits=Limits(max_total_mb=30))
+    with TestClient(app, base_url="http://localhost") as client:
+        open_now, gate, answers = threading.Event(), threading.Event(), []
+        stuck.gate.wait = lambda seconds: open_now.set() or gate.wait(seconds)
+        first = threading.Thread(target=lambda: answers.append(post(client, content, kind=kind)))
+        first.start()
+        assert open_now.wait(20)
+        refused = post(client, content, kind=kind)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        gate.set()
+        first.join()
+        assert answers[0].status_code == 200
+        assert post(client, content, kind=kind).status_code == 200  # the room was given back
 
 
 def test_a_slow_upload_is_ended(detector):

@@ -8,7 +8,7 @@ patient's right on the left, and sagittal slices with the front on the left.
 """
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -66,7 +66,9 @@ class Geometry:
         return apply_orientation(volume, back).reshape(self.shape, order="F")
 
 
-def open_nifti(source: Source, window: Window | None, axis: int, max_voxels: int) -> Scan:
+def open_nifti(
+    source: Source, window: Window | None, axis: int, max_voxels: int, hold: Callable[[int], object]
+) -> Scan:
     """Open a volume as slices across `axis`.
 
     Values are those of the header's slope and intercept. They become [0, 1] through `window`, else through the window
@@ -78,7 +80,7 @@ def open_nifti(source: Source, window: Window | None, axis: int, max_voxels: int
     name = source.name
     with faults(name, "cannot be read as NIfTI: it is damaged or cut short; get it again"):
         with _unpacked(source) as file:
-            stored, image = _stored(file, name, max_voxels)
+            stored, image = _stored(file, name, max_voxels, hold)
         affine = np.asarray(image.affine, float)
         orientation = io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
         if np.isnan(orientation).any():
@@ -111,7 +113,7 @@ def _unpacked(source: Source) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, inner)
 
 
-def _stored(file: BinaryIO, name: str, max_voxels: int) -> tuple[np.ndarray, Any]:
+def _stored(file: BinaryIO, name: str, max_voxels: int, hold: Callable[[int], object]) -> tuple[np.ndarray, Any]:
     """The stored array, mapped from disk where it can be, and the nibabel image; sizes are checked before."""
     one = int.from_bytes(file.read(4), "little") in (348, int.from_bytes(b"\0\0\x01\x5c", "little"))
     file.seek(0)
@@ -139,6 +141,7 @@ def _stored(file: BinaryIO, name: str, max_voxels: int) -> tuple[np.ndarray, Any
         raise ScanError(f"{name} is the header of a pair .hdr and .img: save both as one .nii")
     if not 0 <= float(header["vox_offset"]) <= _HEADER_AT_MOST:
         raise ScanError(f"{name} says its voxels begin at byte {float(header['vox_offset']):g}: the file is damaged")
+    hold(voxels * dtype.itemsize)  # no more than that, and less where the file is mapped
     image = kind.from_file_map({"image": FileHolder(fileobj=cast(Any, file))})
     return image.dataobj.get_unscaled(), image
 

@@ -8,6 +8,7 @@ the model's side is the detector's work, writing maps back is scan_maps.py's.
 import gzip
 import io
 import logging
+import re
 import threading
 import warnings
 import zlib
@@ -105,6 +106,7 @@ def open_scan(
     window: Window | None = None,
     axis: int = 2,
     max_pixels: int = MAX_PIXELS,
+    hold: Callable[[int], object] = lambda size: None,
 ) -> Scan:
     """Open a file of any kind that is read. Headers are looked at now; pixels are decoded when a frame is asked for.
 
@@ -118,6 +120,7 @@ def open_scan(
       window: centre and width in the units that the file gives, such as Hounsfield's.
       axis: NIfTI: the axis that slices are cut across: 0 left to right, 1 back to front, 2 feet to head.
       max_pixels: pixels that a frame may have, and a quarter of the voxels that a volume may have.
+      hold: told how many bytes of memory a volume may take while it is open, before it does; may raise ScanError.
 
     Raises:
       ScanError: a ValueError: the file is not there, empty, damaged, too large, of another kind, or not usable.
@@ -142,7 +145,7 @@ def open_scan(
     if kind == "nifti":
         from iqe_jax.data import nifti
 
-        return nifti.open_nifti(at, window, axis, 4 * max_pixels)
+        return nifti.open_nifti(at, window, axis, 4 * max_pixels, hold)
     return _open_image(at, window, max_pixels)
 
 
@@ -162,9 +165,16 @@ def _kind(head: bytes, name: str) -> Literal["image", "dicom", "nifti"]:
         raise ScanError(f"{name} is a gzip file with no NIfTI volume in it: unpack it and give what is inside")
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06") or head[257:262] == b"ustar":
         raise ScanError(f"{name} is an archive: unpack it and give the folder")
-    if name.lower().endswith((".dcm", ".dicom")):  # old files may lack the preamble
+    if _is_dicom_without_preamble(head) or name.lower().endswith((".dcm", ".dicom")):
         return "dicom"
     return "image"
+
+
+def _is_dicom_without_preamble(head: bytes) -> bool:
+    """Whether a file begins, as old ones do, with an element of groups 2 or 8: its tag, then its type or length."""
+    if head[:2] not in (b"\x02\0", b"\x08\0"):
+        return False
+    return re.match(rb"[A-Z]{2}", head[4:6]) is not None or 0 < int.from_bytes(head[4:8], "little") < len(head)
 
 
 def _is_nifti(head: bytes) -> bool:
@@ -229,7 +239,11 @@ def _image_faults(name: str) -> Iterator[None]:
                 f"{name} is of no kind that is read: expected PNG, JPEG, TIFF, BMP, DICOM or NIfTI"
             ) from None
         except Image.DecompressionBombError:
-            raise TooLargeError(_too_large(name, "more pixels than Pillow opens")) from None
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise TooLargeError(
+                f"{name} says it has more than {most} pixels, the most that is opened: it is damaged, or has to be cut "
+                "or made smaller"
+            ) from None
 
 
 # ---------------------------------------------------------------------------- what all kinds share
