@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 
 from iqe_jax import cli
 from iqe_jax.checkpoint import write_whole
+from iqe_jax.data.scans import printable
 from iqe_jax.metrics import IMAGE_METRICS, bootstrap_metrics, image_metrics
 from iqe_jax.progress import console
-from iqe_jax.report import PHANTOMS, on_test_data, read_scores, shown_name
+from iqe_jax.report import PHANTOMS, on_test_data, read_scores
 from iqe_jax.report_page import METRICS
 
 PROGRAM = "python -m iqe_jax.compare"
@@ -194,7 +195,7 @@ def _paired(runs: Sequence[Path]) -> tuple[Float[np.ndarray, "run image"], Int[n
 
 def _some(names: Sequence[str]) -> str:
     more = len(names) - _NAMED_AT_MOST
-    return ", ".join(map(shown_name, names[:_NAMED_AT_MOST])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(printable, names[:_NAMED_AT_MOST])) + (f" and {more} more" if more > 0 else "")
 
 
 def _facts(run: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import Sample
 from iqe_jax.data.phantoms import MARK
+from iqe_jax.data.scans import printable
 from iqe_jax.data.transforms import load_image, load_mask
 from iqe_jax.evaluator import Evaluation
 from iqe_jax.metrics import bootstrap, defined, image_metrics, over_seeds
@@ -278,12 +278,6 @@ def read_scores(path: Path) -> Scores:
         raise ValueError(f"{path} lists no images; run evaluate.py again")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path} lists {shown_name(twice)} twice")
+        raise ValueError(f"{path} lists {printable(twice)} twice")
     table = np.array(values)
     return Scores(names, np.array(labels), table[:, 0], {n[6:]: table[:, i + 1] for i, n in enumerate(others)})
-
-
-def shown_name(name: str) -> str:
-    r"""A file name as text: bytes that are no UTF-8 and characters that print nothing are shown as \xff or \u202e."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

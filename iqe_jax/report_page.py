@@ -23,9 +23,10 @@ from iqe_jax.calibration import Calibration
 from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import SETS, Sample
+from iqe_jax.data.scans import printable
 from iqe_jax.data.transforms import load_image, load_mask
 from iqe_jax.pixel_metrics import Histogram
-from iqe_jax.report import PHANTOMS, Scores, colours, on_test_data, read_scores, shown_name
+from iqe_jax.report import PHANTOMS, Scores, colours, on_test_data, read_scores
 
 GALLERY = 200  # images in the gallery at most
 SIDE = 240  # pixels that pictures in the page are reduced to: 200 of them stay under 20 MB, whatever they show
@@ -111,7 +112,7 @@ def write(
             "summary": summary,
             "metrics": _metric_cards(summary),
             "tables": _tables(summary),
-            "support": [shown_name(name) for name in summary["weights"].get("support") or ()],
+            "support": [printable(name) for name in summary["weights"].get("support") or ()],
             "names": METRICS,
             "image": [curve(scores.score, scores.labels) for curve in (figures.roc, figures.precision_recall)],
             "pixel": None if pixels is None else figures.pixel_curves(pixels),
@@ -139,7 +140,7 @@ def _about(config: Config, summary: Mapping[str, Any]) -> dict[str, Any]:
         marks.append(
             ("phantoms", "phantoms", "What is measured on rendered phantoms says nothing about the real data set.")
         )
-    return {"title": known.title if known else shown_name(summary["dataset"]), "marks": marks, "run": config.name}
+    return {"title": known.title if known else printable(summary["dataset"]), "marks": marks, "run": config.name}
 
 
 def _metric_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -234,7 +235,7 @@ def _card(
     levels = np.round(np.clip(_shrunk(segmentation), 0, 1) * (_HEAT_LEVELS - 1)).astype(np.uint8)
     return {
         "index": index,
-        "name": shown_name(sample.name),
+        "name": printable(sample.name),
         "label": int(scores.labels[index]),
         "score": float(scores.score[index]),
         "others": {name: float(values[index]) for name, values in scores.others.items()},

@@ -193,8 +193,15 @@ def _support_features(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
-            if _room(folder.parent, sum(array.nbytes for array in arrays.values()), config.train.feature_disk_gb):
+            needed, limit = sum(array.nbytes for array in arrays.values()), config.train.feature_disk_gb
+            if _room(folder.parent, needed, limit):
                 write(folder, arrays)
+            else:
+                console.print(
+                    f"The features are not kept for the next run: {needed / 1e9:.2g} GB is more than the {limit:g} of "
+                    "--train.feature-disk-gb",
+                    markup=False,
+                )
         except OSError as error:
             console.print(f"The features are not kept for the next run: {error}", markup=False)
     return found

@@ -580,7 +580,7 @@ def test_features_on_the_devices_train_the_same(kind, request, tmp_path, monkeyp
     assert losses(tmp_path / "too small") == losses(tmp_path / "large enough")
 
 
-def test_kept_few_shot_features_make_room_for_new_ones(few_shot, tmp_path, monkeypatch):
+def test_kept_few_shot_features_make_room_for_new_ones(few_shot, tmp_path, monkeypatch, capsys):
     root = tmp_path / "cache" / "features"
     monkeypatch.setenv("IQE_JAX_CACHE", str(tmp_path / "cache"))
     (root / "zero-shot" / "00000").mkdir(parents=True)
@@ -603,6 +603,7 @@ def test_kept_few_shot_features_make_room_for_new_ones(few_shot, tmp_path, monke
     third = kept("third", seed=2, feature_disk_gb=2.5 * size / 1e9) - {first}
     assert len(third) == 1 and second not in third and first.exists()
     assert kept("too large", seed=3, feature_disk_gb=0.5 * size / 1e9) == {first, *third}
+    assert "not kept for the next run: 0.0" in capsys.readouterr().err.replace("\n", " ")
 
 
 def _full(*_):

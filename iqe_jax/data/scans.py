@@ -290,8 +290,16 @@ def check_finite(name: str, bad: int) -> None:
 
 
 def printable(name: str) -> str:
-    """A file name with what would break or colour a line of text written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+    r"""A file name with what would break or colour a line of text, and bytes that are no UTF-8, as \n, \u202e, \xff."""
+
+    def shown(c: str) -> str:
+        if c.isprintable():
+            return c
+        if "\udc80" <= c <= "\udcff":  # how Python holds such a byte
+            return f"\\x{ord(c) - 0xDC00:x}"
+        return c.encode("unicode_escape", "surrogatepass").decode()
+
+    return "".join(map(shown, name))
 
 
 @contextmanager
