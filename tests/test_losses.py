@@ -26,6 +26,13 @@ def test_focal_is_the_mean_over_pixels_for_each_level():
     assert float(losses.focal(MAPS, MASKS, ALL)) == pytest.approx(expected, rel=1e-3)
 
 
+def test_focal_smooths_the_masks_too():
+    """SPEC section 5: the one-hot is clamped to [1e-5, 1 − 1e-5] before 1e-5 is added, which shows in a wrong map."""
+    p = (1 - 1e-5) * 0 + 1e-5 * 1 + 1e-5
+    wrong, mask = np.zeros((1, 1, 2, 2), np.float32), np.ones((1, 2, 2), np.float32)
+    assert float(losses.focal(wrong, mask, np.ones(1))) == pytest.approx(-((1 - p) ** 2) * np.log(p), rel=1e-3)
+
+
 def test_focal_is_finite_at_the_ends():
     assert np.isfinite(losses.focal(np.stack([MASKS > 0.5, MASKS < 0.5]).astype(np.float32), MASKS, ALL))
 

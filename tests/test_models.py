@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen as nn
 from flax.core import meta
 
 from iqe_jax import train_state
 from iqe_jax.config import MeshConfig, ModelConfig, TrainConfig
-from iqe_jax.models import layers
+from iqe_jax.models import iqm, layers
 from iqe_jax.models.clip import (
     CLIP_MEAN,
     CLIP_STD,
@@ -256,6 +257,28 @@ def test_products_of_a_float32_step_are_full_float32_on_the_way_back_too(weights
     assert counts[1] > counts[0] > 20
 
 
+def test_updates_are_those_of_the_official_adam():
+    """SPEC section 5. A first gradient as small as ε halves the first step, which tells its size."""
+    start = {"kernel": torch.zeros(3), "prompt_temp": torch.zeros(1)}
+    gradients = [
+        {"kernel": [1e-8, -0.5, 2.0], "prompt_temp": [0.3]},
+        {"kernel": [3e-8, 0.1, 2.0], "prompt_temp": [-0.1]},
+    ]
+    groups = [{"params": [start["kernel"]], "lr": 1e-4}, {"params": [start["prompt_temp"]], "lr": 0.01}]
+    official = torch.optim.Adam(groups, betas=(0.5, 0.999), eps=1e-8)
+    params = {name: jnp.zeros(len(x)) for name, x in start.items()}
+    ours = optimiser(1e-4, 0.01)
+    state = ours.init(params)
+    for gradient in gradients:
+        for name, values in gradient.items():
+            start[name].grad = torch.tensor(values)
+        official.step()
+        updates, state = jax.jit(ours.update)({name: jnp.array(x) for name, x in gradient.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, expected in start.items():
+            np.testing.assert_allclose(params[name], expected, rtol=2e-5)
+
+
 def test_an_update_copies_no_moment():
     params = {"kernel": jnp.ones((512, 512)), "prompt_temp": jnp.ones(())}
     state = optimiser(1e-4, 1e-2).init(params)
@@ -378,6 +401,31 @@ def test_dropout_acts_only_where_a_key_is_given(weights, pixels):
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - off).max() > 0.1
     assert np.abs(one - other).max() > 0.1
+
+
+def test_dropout_is_where_the_official_decoder_has_it(weights, monkeypatch):
+    """SPEC section 4: on the query tokens, on all attention weights, and on each projection's output."""
+    seen, real, m = [], iqm._dropout, model()
+    monkeypatch.setattr(iqm, "_dropout", lambda module, x, rate: seen.append((x.shape, rate)) or real(module, x, rate))
+    features = jax.eval_shape(lambda pixels: m.features(weights[1], pixels), np.zeros((3, 24, 24, 3), np.float32))
+    dropped = {"dropout": 0.25, "dropout_key": jax.random.key(0)}
+    jax.eval_shape(lambda features: m.head(weights[0], weights[1], features, **dropped), features)
+    levels, images, queries, patches, heads, dim = 2, 3, 2, 9, CONFIG.iqm_heads, 128
+    few, many = (levels, images, queries, queries, heads), (levels, images, patches, queries * heads)
+    outputs = (levels, images, queries, dim)
+    layer = [few, outputs, many, outputs, few, outputs, outputs]  # to itself, the patches, the text; the MLP
+    assert seen == [(shape, 0.25) for shape in (outputs, *layer * CONFIG.iqm_layers)]
+
+
+def test_what_dropout_leaves_is_scaled_up():
+    class Drop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return iqm._dropout(self, x, 0.25)
+
+    found = np.asarray(Drop().apply({}, jnp.ones((400, 500)), rngs={"dropout": jax.random.key(0)}))
+    assert set(np.unique(found)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert found.mean() == pytest.approx(1, abs=0.01)
 
 
 def test_dropout_leaves_dense_and_text_features_alone(weights, pixels):

@@ -30,6 +30,7 @@ from iqe_jax import (
 )
 from iqe_jax.checkpoint import Checkpoints, RunDirectory
 from iqe_jax.data.bmad import load_split
+from iqe_jax.data.transforms import augment, load_image, load_mask
 from iqe_jax.metrics import IMAGE_METRICS, defined
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import chosen_on, load_adapter
@@ -532,6 +533,23 @@ def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, t
     image.touch()
     of_samples(recipe, model, frozen, samples)
     assert len(runs) == 4
+
+
+def test_support_images_are_trained_on_as_augmented(few_shot, golden_model, tiny_root, monkeypatch):
+    """Labels and masks in the order of the images: all of an augmentation, then the next; masks above one half."""
+    model, frozen, _ = golden_model
+    recipe = at(few_shot, None, features="memory")
+    plan = training_data.plan(recipe)
+    support = plan.training["brain"]
+    (kept,) = training_data.load(recipe, plan, model, frozen, LAYOUT)
+    images = np.stack([load_image(sample.image, 40) for sample in support])
+    masks = [np.zeros((40, 40), np.float32) if s.mask is None else load_mask(s.mask, 40) for s in support]
+    images, masks = augment(images, np.stack(masks))
+    np.testing.assert_array_equal(kept.labels, [sample.label for _ in range(11) for sample in support])
+    np.testing.assert_array_equal(rows(kept, "masks"), masks > 0.5)
+    assert ((masks > 0) & (masks <= 0.5)).sum() > 0
+    expected = model.features(frozen, images[:: len(support)])
+    np.testing.assert_allclose(kept.image_features[:: len(support)], expected.image_features, atol=1e-4)
 
 
 def test_a_few_shot_run_takes_the_features_that_one_before_it_kept(few_shot, tmp_path, monkeypatch, capsys):
