@@ -393,6 +393,32 @@ def head(weights, pixels, key=None, dropout=0.0, **settings):
     return compiled.head(m, weights[0], weights[1], features, dropout=dropout, dropout_key=key)
 
 
+def test_the_activation_setting_reaches_both_towers(weights, pixels):
+    one, other = model(), model(activation="quick_gelu")
+    features = compiled.features(one, weights[1], pixels)
+    assert np.abs(compiled.features(other, weights[1], pixels).patch_tokens - features.patch_tokens).max() > 1e-3
+    texts = [compiled.head(m, *weights, features)["text_embeddings"] for m in (one, other)]
+    assert np.abs(texts[0] - texts[1]).max() > 1e-4
+
+
+def test_pixels_are_normalised_as_clip_was_trained():
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    assert (list(CLIP_MEAN), list(CLIP_STD)) == (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+
+def test_norms_and_softmaxes_of_a_bfloat16_model_are_float32(weights, pixels):
+    m = model(dtype="bfloat16")
+
+    def predict(trainable, frozen, pixels):
+        return m.predict(m.head(trainable, frozen, m.features(frozen, pixels)))
+
+    lines = jax.jit(predict).lower(*weights, pixels).as_text().splitlines()
+    for name in ("exponential", "rsqrt", "sqrt"):
+        found = [line for line in lines if f".{name} " in line]
+        assert found and not [line for line in found if "bf16" in line], name
+
+
 def test_dropout_acts_only_where_a_key_is_given(weights, pixels):
     off = head(weights, pixels)["query_features"]
     np.testing.assert_array_equal(head(weights, pixels, dropout=0.5)["query_features"], off)

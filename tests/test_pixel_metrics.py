@@ -181,3 +181,14 @@ def test_a_great_many_pixels_are_counted_and_too_many_refused():
         else:
             with pytest.raises(ValueError, match="may overflow: use more devices"):
                 pixel_metrics.histogram(counts)
+
+
+def test_grey_masks_are_anomalous_above_one_half():
+    masks = np.array([[[0.0, 0.2], [0.5, 0.6]]], np.float32)
+    values, ones = np.array([[[0.1, 0.2], [0.3, 0.4]]], np.float32), np.ones(1, np.float32)
+    regions = region_shares(masks[0])[None]
+    np.testing.assert_array_equal(regions, masks > 0.5)
+    counts = pixel_metrics.start(values, ones, regions=True)
+    found = pixel_metrics.histogram(pixel_metrics.count(counts, values, masks, ones, regions))
+    np.testing.assert_array_equal(found.normal, [1, 1, 1, 0])
+    np.testing.assert_array_equal(found.anomalous, [0, 0, 0, 1])

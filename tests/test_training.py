@@ -484,6 +484,14 @@ def test_zero_shot_trains_on_the_other_sets_and_scores_the_target(zero_shot, tmp
     np.testing.assert_allclose(detector([s.image for s in samples]).score, list(scores(tmp_path).values()), atol=2e-5)
 
 
+def test_zero_shot_weights_are_chosen_by_the_zero_shot_score(zero_shot, tmp_path, monkeypatch):
+    asked, real = [], trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: asked.append(k["zero_shot"]) or real(*a, **k))
+    experiment.run_training(at(zero_shot, tmp_path, keep="valid", steps=1))
+    assert asked == [True]
+    assert iqe_jax.load(tmp_path).zero_shot
+
+
 def test_where_features_are_kept_changes_no_number(zero_shot, tmp_path):
     experiment.run_training(at(zero_shot, tmp_path / "memory", features="memory"))
     experiment.run_training(at(zero_shot, tmp_path / "disk", features="disk"))
