@@ -198,6 +198,17 @@ def test_query_module(weights):
             np.testing.assert_allclose(found[level, image], expected, atol=2e-5)
 
 
+def test_norms_of_the_query_module_have_eps_1e_12():
+    x = np.random.default_rng(0).normal(0, 1e-4, (1, 2, 64)).astype(np.float32)  # of a variance that a larger ε drowns
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(x), (64,), eps=1e-12)
+    start, attention = Iqm(64, 0, 4, 96), QueryAttention(64, 4)
+    params = {"params": {"layernorm": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}}
+    np.testing.assert_allclose(start.apply(params, x, Shared(jnp.zeros((1, 1, 9, 64)), ()), x)[0], expected, rtol=1e-3)
+    params = jax.tree.map(jnp.zeros_like, meta.unbox(attention.init(jax.random.key(0), x, x)))
+    params["params"]["norm"]["scale"] = jnp.ones(64)
+    np.testing.assert_allclose(attention.apply(params, x, x), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_folding_changes_neither_values_nor_gradients(dropout):
     draw = np.random.default_rng(3)

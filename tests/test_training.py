@@ -521,6 +521,12 @@ def rows(kept, name):
     return np.stack([getattr(kept, name)[i] for i in range(len(kept))])
 
 
+def test_masks_are_kept_as_anomalous_above_one_half():
+    masks = np.array([[[0.0, 0.2], [0.5, 0.6]]], np.float32)
+    batch = train_state.Batch(np.zeros((1, 1, 4, 8)), np.zeros((1, 8)), masks, np.ones(1), np.ones(1))
+    np.testing.assert_array_equal(features._arrays(batch, np.dtype(np.float32))["masks"], masks > 0.5)
+
+
 def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, tiny_root, monkeypatch):
     model, frozen, _ = golden_model
     recipe = dataclasses.replace(few_shot, model=model.config)
