@@ -121,25 +121,34 @@ def _summary(
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """The metrics of one evaluation as a table on standard output, one column for each rule of keeping weights."""
+    """The metrics of one evaluation as a table on standard output, one column for each rule of keeping weights.
+
+    With several rules each interval stands below its figure, so that 80 columns hold three of them.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['config']}: {summary['dataset']}, {summary['protocol']}, seed {summary['seed']}")
-    table.add_column("metric", min_width=20)
     rules = summary["rules"]
+    several = len(rules) > 1
+
+    def lines(text: str) -> str:
+        return text.replace(" [", "\n[").replace(" (", "\n(").replace(" the TEST", "\nthe TEST") if several else text
+
+    heading = f"{summary['config']}: {summary['dataset']}, {summary['protocol']}, seed {summary['seed']}"
+    table = Table(title=heading, show_lines=several)
+    table.add_column("metric", min_width=None if several else 20)
     for rule, found in rules.items():
-        heading = "value" if len(rules) == 1 else rule
-        table.add_column(f"{heading}\n{MARKED}" if found["chosen_on_test_data"] else heading, justify="right")
+        words = [rule if several else "value"] + [MARKED] * found["chosen_on_test_data"]
+        table.add_column(lines("\n".join(words)), justify="right")
     for name in summary["metrics"]:
         if not name.endswith("_error"):
-            table.add_row(title(name), *(figure(found, name) for found in rules.values()))
+            table.add_row(title(name), *(lines(figure(found, name)) for found in rules.values()))
     for reduction, found in summary["reductions"].items():
-        if reduction != summary["image_score"] and len(rules) == 1:
+        if reduction != summary["image_score"] and not several:
             table.add_row(f"image AUROC, score {reduction}", figure(found, "image_auroc"), style="dim")
     images = summary["images"]
     caption = [f"{images['normal']} normal, {images['anomalous']} anomalous images; in brackets 95 % intervals"]
-    caption += [found["chosen"] if len(rules) == 1 else f"{rule}: {found['chosen']}" for rule, found in rules.items()]
+    caption += [f"{rule}: {found['chosen']}" if several else found["chosen"] for rule, found in rules.items()]
     if summary["image_score"] != "official":
         caption.append(f"image score: {summary['image_score']} of the map, not the official mean")
     if summary["data"] == PHANTOMS:

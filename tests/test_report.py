@@ -44,3 +44,27 @@ def test_an_undefined_metric_is_null_and_said(tmp_path, capsys):
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"] == {"image_auroc": None}
     assert "undefined (one class only)" in capsys.readouterr().out
     assert (tmp_path / "heatmaps" / "overview.png").exists()
+
+
+def test_weights_by_three_rules_fit_in_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("image_auroc", "image_ap", "image_f1_max", "image_sensitivity_at_95_specificity")
+    figures = dict.fromkeys(names, 0.1) | {"pixel_auroc": 0.2, "pixel_ap": None}
+    intervals = {name: [0.25, 0.75] for name in names}
+    summary = {
+        **{"config": "brain_fewshot", "dataset": "brain", "protocol": "few-shot, k = 4", "seed": 0, "data": "data"},
+        **{"image_score": "official", "images": {"normal": 2, "anomalous": 2}, "metrics": figures, "reductions": {}},
+        "rules": {
+            rule: {**figures, "intervals": intervals, "chosen": report.RULES[rule], "chosen_on_test_data": marked}
+            for rule, marked in (("last", False), ("valid", False), ("paper", True))
+        },
+    }
+    report.print_table(summary)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    words = " ".join(shown.replace("│", " ").replace("┃", " ").split())
+    assert "last valid the TEST SET" in words
+    assert "image AUROC 0.1000 0.1000 0.1000 [0.250, 0.750] [0.250, 0.750] [0.250, 0.750] " in words
+    assert "at 95 % specificity [0.250, 0.750] [0.250, 0.750] [0.250, 0.750] " in words
+    assert "pixel AP undefined undefined undefined (one class only) (one class only) (one class only) " in words
