@@ -44,10 +44,16 @@ def parse(argv: Sequence[str], *, program: str, description: str) -> tuple[Launc
     return parse_with(Launch(), argv, program=program, description=description)
 
 
-def parse_with(options: T, argv: Sequence[str], *, program: str, description: str) -> tuple[T, Config]:
-    """As `parse`, with the flags of another dataclass than Launch; `options` holds their defaults."""
-    name, rest = _take_config(list(argv))
-    description += f"\n\n--config NAME picks a recipe and is required. NAME is one of: {', '.join(names())}."
+def parse_with(
+    options: T, argv: Sequence[str], *, program: str, description: str, recipe: str | None = None
+) -> tuple[T, Config]:
+    """As `parse`, with the flags of another dataclass than Launch; `options` holds their defaults.
+
+    A command that picks the `recipe` by itself takes no --config.
+    """
+    name, rest = (recipe, list(argv)) if recipe else _take_config(list(argv))
+    if recipe is None:
+        description += f"\n\n--config NAME picks a recipe and is required. NAME is one of: {', '.join(names())}."
     if name is None and not {"-h", "--help"} & set(argv):
         raise SystemExit(f"{program}: --config NAME is required, one of: {', '.join(names())}")
     with user_errors(program):

@@ -152,7 +152,8 @@ class EvalConfig:
     """Write report.html, a page that opens offline, with curves and a gallery of the most wrong images; none given:
     for phantoms only. evaluate.py takes `--report` and `--no-report` for short."""
     save_maps: Literal["none", "png16", "npz"] = "none"
-    """Write all segmentations into maps/: as 16-bit PNG (65535 is 1), or NumPy archives. For short: `--save-maps`."""
+    """Write all segmentations into maps/: as 16-bit PNG (65535 is 1), or NumPy archives. `--save-maps` is
+    short for it in evaluate.py."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """A trained run as a folder that needs only jax to run: `python -m iqe_jax.export RUN --out model`.
 
-program.jax_export   the model as StableHLO for CPU, CUDA and TPU, any batch size; `jax.export` reads it
-weights.safetensors  its weights, which the program takes as arguments
-model.json           how to prepare images, what the score is, how the weights were chosen, versions, checksums
-loader.py            what runs it; vendor/ has what jax needs to read the program
-README.md            a model card
+  program.jax_export   the model as StableHLO for CPU, CUDA and TPU, any batch size; `jax.export` reads it
+  weights.safetensors  its weights, which the program takes as arguments
+  model.json           how to prepare images, what the score is, how the weights were chosen, versions, checksums
+  loader.py            what runs it; vendor/ has what jax needs to read the program
+  README.md            a model card
 
 The folder is checked against the Detector before it takes its place.
 """

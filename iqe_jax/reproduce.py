@@ -31,7 +31,10 @@ SETS = ("brain", "liver", "resc", "oct17", "chest", "his")
 DESCRIPTION = """The paper's table: every set, zero-shot and by number of shots, over several seeds, with intervals,
 time and peak memory, as table.md, .csv, .json and .tex. Stopped, the same command goes on where it was. Settings of
 the experiments can be overridden as for train.py, and hold for all of them. Without --shots and --zero-shot all of the
-paper's are run: zero-shot and k = 2, 4, 8, 16. --config is chosen by the command itself."""
+paper's are run: zero-shot and k = 2, 4, 8, 16.
+
+The recipes are the published ones, with --phantoms those of the phantoms, so there is no --config. Every run has a
+directory of its own in --out, so --run-dir is refused."""
 
 # Image and pixel AUROC in %, as MVFA-AD's README gives them: of its paper, and of its published code.
 SOURCE = "README.md of github.com/MediaBrain-SJTU/MVFA-AD at commit 44b4c02c, columns Paper and Inplementation"
@@ -93,9 +96,11 @@ def cells(argv: Sequence[str]) -> tuple[Options, list[Cell]]:
     program = "python -m iqe_jax.reproduce"
 
     def parse(recipe: str) -> tuple[Options, Config]:
-        return cli.parse_with(Options(), ["--config", recipe, *argv], program=program, description=DESCRIPTION)
+        return cli.parse_with(Options(), argv, program=program, description=DESCRIPTION, recipe=recipe)
 
     options, config = parse("phantom_fewshot" if "--phantoms" in argv else "brain_fewshot")
+    if config.run_dir is not None:
+        raise SystemExit(f"{program}: --run-dir is for one run; here each has a directory of its own in --out")
     if unknown := [name for name in options.sets if name not in SETS]:
         raise SystemExit(f"{program}: --sets has {unknown[0]}; there are {', '.join(SETS)}")
     if config.eval.seeds != 1:

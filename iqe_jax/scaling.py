@@ -6,6 +6,7 @@ a TPU. `--measure` runs the train step. Both are weak scaling, with the same ima
 a table on screen and as Markdown, JSON and a plot.
 """
 
+import importlib.metadata
 import json
 import math
 import os
@@ -99,7 +100,9 @@ def topology_devices(name: str) -> list[Any]:
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError("the TPU compiler is not installed: pip install 'jax[tpu]'") from None
+        wanted = (name.partition(";")[0].strip() for name in importlib.metadata.requires("jax") or ())
+        compiler = next((name for name in wanted if name.startswith("libtpu")), "libtpu")
+        raise ValueError(f"the TPU compiler is not installed: pip install '{compiler}' (docs/scaling.md)") from None
     for key, value in _NO_TPU.items():
         os.environ.setdefault(key, value)
     try:

@@ -21,6 +21,9 @@ from iqe_jax.batching import Limits
 from iqe_jax.progress import console
 
 PROGRAM = "iqe_jax.serve"
+DESCRIPTION = """A trained run as a small HTTP service: `python -m iqe_jax.serve RUN`, then open http://127.0.0.1:8000.
+
+Scans go in by POST /predict, scores and heat maps come out; nothing is stored and nothing is sent elsewhere."""
 TOKEN = "IQE_JAX_TOKEN"
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")
 LEAST_TOKEN = 16  # characters
@@ -156,7 +159,7 @@ def _server(app: Any, listener: socket.socket, chosen: str) -> Any:
 
 def main(argv: list[str]) -> None:
     """Serve the run that `argv` names."""
-    options = tyro.cli(Options, args=argv, prog=PROGRAM, description=__doc__)
+    options = tyro.cli(Options, args=argv, prog=PROGRAM, description=DESCRIPTION)
     with cli.started(cli.Launch(), PROGRAM):
         serve(options)
 

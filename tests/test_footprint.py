@@ -22,7 +22,7 @@ from iqe_jax.footprint import (
     in_bytes,
     train_footprint,
 )
-from iqe_jax.scaling import main, predicted_row
+from iqe_jax.scaling import main, predicted_row, topology_devices
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import describe
 
@@ -151,6 +151,12 @@ def test_steps_that_do_not_fall_into_equal_parts_are_refused(tmp_path):
     line = ["--config", "phantom_fewshot", "--measure", "--per-chip", "15", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match=r"train.accumulate is 4; it must divide the 15 images of a step"):
         main([*line, "--train.accumulate", "4"])
+
+
+def test_a_missing_tpu_compiler_is_named_with_its_version(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ValueError, match=r"pip install 'libtpu==[\d.]+\*'"):
+        topology_devices("v5e:4x4")
 
 
 def test_measuring_says_what_it_is(tmp_path):

@@ -88,6 +88,7 @@ def test_each_seed_takes_a_row_of_a_support_list():
         (("--sets", "knee"), "--sets has knee; there are brain"),
         (("--seeds", "0"), "must be above 0"),
         (("--eval.seeds", "2"), "--eval.seeds is 2; the runs of a table are given by --seeds"),
+        (("--run-dir", "here"), "--run-dir is for one run"),
         (("--data.root", "nowhere"), "no data folder at nowhere"),
         (("--train.learning-rate", "1"), "holds a run with other settings"),
     ],
@@ -95,6 +96,14 @@ def test_each_seed_takes_a_row_of_a_support_list():
 def test_what_cannot_be_is_said_before_any_run(made, more, message):
     with pytest.raises(SystemExit, match=message):
         reproduce.main([*made[0], *more])
+
+
+def test_help_asks_for_no_recipe(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "there is no --config" in shown
+    assert "--config NAME" not in shown
 
 
 def test_without_a_choice_all_of_the_papers_table_is_listed():

@@ -48,6 +48,7 @@ def test_8_bit_images_are_what_training_reads(tmp_path, suffix, mode):
     Image.fromarray(pixels).save(path)
     frame = open_scan(path).frame(0)
     np.testing.assert_array_equal(frame, load_image(path, 32))
+    np.testing.assert_array_equal(open_scan(str(path)).frame(0), frame)
     np.testing.assert_array_equal(open_scan(path.read_bytes()).frame(0), frame)
 
 

@@ -100,7 +100,7 @@ class Scan:
 
 
 def open_scan(
-    source: Path | bytes,
+    source: str | Path | bytes,
     *,
     name: str | None = None,
     window: Window | None = None,
@@ -115,7 +115,7 @@ def open_scan(
     8 bits, and of any grey DICOM or NIfTI value: centre − width/2 becomes 0, centre + width/2 becomes 1.
 
     Args:
-      source: the file, or its bytes.
+      source: the path of a file, or its bytes.
       name: what messages call it; by default its path. Unprintable characters are never shown as they are.
       window: centre and width in the units that the file gives, such as Hounsfield's.
       axis: NIfTI: the axis that slices are cut across: 0 left to right, 1 back to front, 2 feet to head.
@@ -125,6 +125,7 @@ def open_scan(
     Raises:
       ScanError: a ValueError: the file is not there, empty, damaged, too large, of another kind, or not usable.
     """
+    source = source if isinstance(source, bytes) else Path(source)
     called = printable(name if name is not None else str(source) if isinstance(source, Path) else "upload")
     if window is not None and not (np.isfinite(window).all() and window[1] > 0):
         raise ScanError(f"window is {window[0]:g} {window[1]:g}; expected a centre and a width above 0")
