@@ -44,7 +44,7 @@ def test_the_notebook_runs_to_its_end(tmp_path, monkeypatch):
     (picture,) = [output for output in code[3].outputs if "image/png" in output.get("data", {})]
     assert len(picture.data["image/png"]) > 1000
     assert "16 frames of 16 files in results" in said[4]
-    assert said[4].count("my_scans/test_") == 16
+    assert said[4].count("new_scans/test_") == 16
     assert "26 frames of 2 files in medical_results" in said[5]
     assert "same geometry: True" in said[5]
     assert "Secondary Capture Image Storage" in said[5]
