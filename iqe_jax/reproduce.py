@@ -33,8 +33,8 @@ time and peak memory, as table.md, .csv, .json and .tex. Stopped, the same comma
 the experiments can be overridden as for train.py, and hold for all of them. Without --shots and --zero-shot all of the
 paper's are run: zero-shot and k = 2, 4, 8, 16.
 
-The recipes are the published ones, with --phantoms those of the phantoms, so there is no --config. Every run has a
-directory of its own in --out, so --run-dir is refused."""
+The recipes are the published ones, with --phantoms those of the phantoms, so there is no --config; and --out and
+--seeds stand for --run-dir and --eval.seeds."""
 
 # Image and pixel AUROC in %, as MVFA-AD's README gives them: of its paper, and of its published code.
 SOURCE = "README.md of github.com/MediaBrain-SJTU/MVFA-AD at commit 44b4c02c, columns Paper and Inplementation"
@@ -99,12 +99,10 @@ def cells(argv: Sequence[str]) -> tuple[Options, list[Cell]]:
         return cli.parse_with(Options(), argv, program=program, description=DESCRIPTION, recipe=recipe)
 
     options, config = parse("phantom_fewshot" if "--phantoms" in argv else "brain_fewshot")
-    if config.run_dir is not None:
-        raise SystemExit(f"{program}: --run-dir is for one run; here each has a directory of its own in --out")
     if unknown := [name for name in options.sets if name not in SETS]:
         raise SystemExit(f"{program}: --sets has {unknown[0]}; there are {', '.join(SETS)}")
-    if config.eval.seeds != 1:
-        raise SystemExit(f"{program}: --eval.seeds is {config.eval.seeds}; the runs of a table are given by --seeds")
+    if config.run_dir is not None or config.eval.seeds != 1:
+        raise SystemExit(f"{program}: --run-dir and --eval.seeds are for train.py and evaluate.py; here --out, --seeds")
     if options.seeds < 1 or min(options.shots, default=1) < 1:
         raise SystemExit(f"{program}: --seeds and --shots must be above 0; --zero-shot stands for no shots")
     shots = ([0] if options.zero_shot else []) + list(options.shots) or [0, 2, 4, 8, 16]
@@ -138,13 +136,9 @@ def finished(run: Config) -> bool:
     if not path.exists():
         return False
     try:
-        return json.loads(path.read_text())["length"] == _length(run)
+        return json.loads(path.read_text())["length"] == [run.train.epochs, run.train.steps]
     except (ValueError, KeyError, TypeError) as fault:
         raise ValueError(f"{path} is damaged ({fault}): remove it, the run is then scored again") from fault
-
-
-def _length(run: Config) -> list[int | None]:
-    return [run.train.epochs, run.train.steps]
 
 
 def run_cell(path: Path) -> None:
@@ -161,7 +155,7 @@ def run_cell(path: Path) -> None:
         run_evaluation(run)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         cost = {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed, "peak_bytes": peak}
-        cost["length"] = _length(run)
+        cost["length"] = [run.train.epochs, run.train.steps]
         write_whole(run.directory / "cost.json", json.dumps(cost) + "\n")
 
 

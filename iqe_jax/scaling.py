@@ -187,13 +187,8 @@ def predicted_row(
 
 
 def measure(model: IqeClip, config: Config, per_chip: int, repeats: int) -> Iterator[Row]:
-    """A row for the train step on 1, 2, 4, … of the devices here: random weights and features, the median time.
-
-    Raises ValueError where the images of a step do not fall into equal parts.
-    """
+    """A row for the train step on 1, 2, 4, … of the devices here: random weights and features, the median time."""
     devices, first = jax.devices(), None
-    if (size := per_chip * config.mesh.fsdp) % config.train.accumulate:
-        raise ValueError(f"train.accumulate is {config.train.accumulate}; it must divide the {size} images of a step")
     for count in [2**i for i in range(len(devices).bit_length())]:
         layout = make_layout(config.mesh, devices[:count]) if count % _split(config) == 0 else None
         if layout is None:
@@ -316,6 +311,9 @@ def main(argv: list[str]) -> None:
             raise ValueError("give either --topology or --measure")
         if options.per_chip < 1 or options.repeats < 1:
             raise ValueError("--per-chip and --repeats must be above 0")
+        size, parts = options.per_chip * config.mesh.fsdp, config.train.accumulate
+        if options.measure and size % parts:
+            raise ValueError(f"train.accumulate is {parts}; it must divide the {size} images of a step")
         if not options.measure:
             jax.config.update("jax_platforms", "cpu")  # else the compiler's library would look for TPUs to run on
         model = describe(config.model)

@@ -87,8 +87,8 @@ def test_each_seed_takes_a_row_of_a_support_list():
     [
         (("--sets", "knee"), "--sets has knee; there are brain"),
         (("--seeds", "0"), "must be above 0"),
-        (("--eval.seeds", "2"), "--eval.seeds is 2; the runs of a table are given by --seeds"),
-        (("--run-dir", "here"), "--run-dir is for one run"),
+        (("--eval.seeds", "2"), "--eval.seeds are for train.py and evaluate.py"),
+        (("--run-dir", "here"), "--run-dir and --eval.seeds are for"),
         (("--data.root", "nowhere"), "no data folder at nowhere"),
         (("--train.learning-rate", "1"), "holds a run with other settings"),
     ],

@@ -173,9 +173,8 @@ def _kind(head: bytes, name: str) -> Literal["image", "dicom", "nifti"]:
 
 def _is_dicom_without_preamble(head: bytes) -> bool:
     """Whether a file begins, as old ones do, with an element of groups 2 or 8: its tag, then its type or length."""
-    if head[:2] not in (b"\x02\0", b"\x08\0"):
-        return False
-    return re.match(rb"[A-Z]{2}", head[4:6]) is not None or 0 < int.from_bytes(head[4:8], "little") < len(head)
+    typed = re.match(rb"[A-Z]{2}", head[4:6]) is not None or 0 < int.from_bytes(head[4:8], "little") < len(head)
+    return typed and head[:2] in (b"\x02\0", b"\x08\0")
 
 
 def _is_nifti(head: bytes) -> bool:
