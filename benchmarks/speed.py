@@ -30,13 +30,14 @@ class Options:
     """What is measured."""
 
     size: Literal["tiny", "full"] = "tiny"
-    """full: ViT-L/14-336 at 240 pixels, minutes and 8 GB. tiny: the phantoms' model, to see that all of it runs."""
+    """full: ViT-L/14-336 at 240 pixels, a quarter of an hour on two cores and 10 GB. tiny: the phantoms' model, to see
+    that all of it runs."""
     device: Literal["cpu", "gpu", "tpu"] = "cpu"
     """Where it runs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of both sides."""
     batch: int = 8
-    """Images per call; 0 takes as many as fit in memory, up to 1024."""
+    """Images per call; 0 takes as many as fit in memory, up to 1024, or 16 of the tiny model."""
     only: tuple[Section, ...] = ()
     """Sections to measure, all where none is given."""
     repeats: int = 5

@@ -1,4 +1,4 @@
-"""Where the project keeps what it can make again: phantoms, prepared data sets, kept features.
+"""Where the project keeps what it can make again: phantoms, prepared data sets, kept features, compiled programs.
 
 One folder per user; everything below it may be deleted at any time and is rebuilt on the next use.
 """
