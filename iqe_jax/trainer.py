@@ -228,8 +228,12 @@ class _Log:
         self._clock = time.perf_counter()
 
     def __enter__(self) -> "_Log":
-        if not processes.is_main():
-            return self
+        with processes.together("go on with the log"):
+            if processes.is_main():
+                self._open()
+        return self
+
+    def _open(self) -> None:
         text, kept = self._file.read_text(errors="replace") if self._file.exists() else "", ""
         for number, line in enumerate(text.splitlines(keepends=True), 1):
             if line.endswith("\n") and self._step(line, number) <= self._start:
@@ -237,7 +241,6 @@ class _Log:
         if kept != text:
             write_whole(self._file, kept)
         self._lines = self._file.open("a", buffering=1)
-        return self
 
     def _step(self, line: str, number: int) -> int:
         try:

@@ -105,13 +105,29 @@ def test_mask_is_resized_by_nearest_neighbour(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["0/255", "0/1", "bool", "rgb", "red", "blue", "palette", "16 bit", "0/1 in 16 bit", "0/255 in 16 bit"]
+    "kind",
+    [
+        "0/255",
+        "0/1",
+        "0/2",
+        "0/127",
+        "bool",
+        "rgb",
+        "red",
+        "blue",
+        "palette",
+        "16 bit",
+        "0/1 in 16 bit",
+        "0/255 in 16 bit",
+    ],
 )
 def test_masks_of_every_kind(tmp_path, kind):
     on = noise(6, 6, 1) > 128
     pixels = {
         "0/255": on.astype(np.uint8) * 255,
         "0/1": on.astype(np.uint8),
+        "0/2": on.astype(np.uint8) * 2,
+        "0/127": on.astype(np.uint8) * 127,
         "bool": on,
         "rgb": np.repeat(on[..., None], 3, 2).astype(np.uint8) * 255,
         "red": on[..., None] * np.array([255, 0, 0], np.uint8),
@@ -131,11 +147,18 @@ def red_of_two_colours(on: np.ndarray) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("values", [(0, 2), (0, 127), (1, 2, 4)])
-def test_label_maps_are_no_masks(tmp_path, values):
-    path = save(tmp_path / "m.png", np.resize(np.array(values, np.uint8), (6, 6)))
-    with pytest.raises(ValueError, match=rf"m.png holds values up to {max(values)} of 255, .* save it as 0"):
+def test_label_maps_are_no_masks(tmp_path):
+    path = save(tmp_path / "m.png", np.resize(np.array([0, 1, 2, 4], np.uint8), (6, 6)))
+    with pytest.raises(ValueError, match=r"m.png holds the values 1, 2, 4 of 255, .* save it as 0"):
         load_mask(path, 6)
+
+
+def test_soft_masks_are_left_as_the_official_code_reads_them(tmp_path):
+    """Such as lesions of a few pixels that were made smaller: above one half counts, which here is nothing."""
+    pixels = np.resize(np.array([0, 16, 90, 127], np.uint8), (6, 6))
+    np.testing.assert_array_equal(load_mask(save(tmp_path / "m.png", pixels), 6), pixels.astype(np.float32) / 255)
+    pixels = np.resize(np.array([0, 200], np.uint8), (6, 6))
+    np.testing.assert_array_equal(load_mask(save(tmp_path / "m.png", pixels), 6), pixels.astype(np.float32) / 255)
 
 
 def test_an_empty_mask_stays_empty(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 _ROTATIONS = (-np.pi / 8, -np.pi / 16, np.pi / 16, np.pi / 8)
 _SHIFTS = ((0.1, 0.1), (-0.1, 0.1), (-0.1, -0.1), (0.1, -0.1))
 AUGMENTATIONS = 1 + len(_ROTATIONS) + len(_SHIFTS) + 2
+CLASSES = 15  # highest number of a class that a label map is known by; soft edges of a true mask go beyond it
 
 
 def load_image(path: Path, size: int) -> Float32[np.ndarray, "size size 3"]:
@@ -35,7 +36,7 @@ def load_image(path: Path, size: int) -> Float32[np.ndarray, "size size 3"]:
 def load_mask(path: Path, size: int, image_size_hw: tuple[int, int] | None = None) -> Float32[np.ndarray, "size size"]:
     """A mask in [0, 1], resized to size×size by nearest neighbour; binarising it is the loss's work.
 
-    Masks whose only values are 0 and 1 out of 255 are taken as 0 and 255, and 16-bit ones of no more than 255 as 8-bit
+    Masks whose only values are 0 and one other are taken as 0 and 255, and 16-bit ones of no more than 255 as 8-bit
     ones, since nothing else can be meant. Of a coloured mask the strongest channel counts.
 
     Args:
@@ -45,8 +46,7 @@ def load_mask(path: Path, size: int, image_size_hw: tuple[int, int] | None = Non
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: as `load_image`; or the mask is not of the size of its image; or it has values above 0, but none above
-        half of its range, as label maps of several classes have.
+      ValueError: as `load_image`; or the mask is not of the size of its image; or it holds numbers of several classes.
     """
     mask = _open(path)
     if image_size_hw is not None and mask.size != (image_size_hw[1], image_size_hw[0]):
@@ -216,12 +216,13 @@ def _mask_array(mask: Image.Image, path: Path, size: int) -> Float32[np.ndarray,
     # Of a mask in 16 bits that fit into 8 these are meant; of a coloured one the strongest channel.
     small = mask.mode.startswith("I") and np.asarray(mask).min() >= 0 and np.asarray(mask).max() <= 255
     values = np.asarray(mask).astype(np.uint8) if small else np.asarray(_eight_bit(mask, path).convert("RGB")).max(-1)
-    if values.max() == 1:
-        values = values * np.uint8(255)
-    if 0 < values.max() <= 127:
+    found = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1
+    if len(found) == 1 and found[0] <= 127:
+        values = np.where(values > 0, np.uint8(255), np.uint8(0))
+    if len(found) > 1 and found[-1] <= CLASSES:
         raise ValueError(
-            f"mask {path} holds values up to {values.max()} of 255, of which none counts as anomalous: save it as 0 "
-            "where the image is normal and 255 where it is not"
+            f"mask {path} holds the values {', '.join(map(str, found))} of 255, as label maps do: save it as 0 where "
+            "the image is normal and 255 where it is not"
         )
     return _scaled(Image.fromarray(values), size, Image.Resampling.NEAREST)
 
