@@ -1,6 +1,6 @@
-"""Where the project keeps what it can make again: phantoms, prepared data sets, kept features, compiled programs.
+"""Where the project keeps what it can make again: kept features, phantoms, compiled programs, prepared data sets.
 
-One folder per user; everything below it may be deleted at any time and is rebuilt on the next use.
+One folder per user; everything below it may be deleted while no run uses it, and is rebuilt on the next use.
 """
 
 import os

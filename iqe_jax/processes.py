@@ -34,7 +34,7 @@ def start(
     """Join the other processes; to be called before jax looks for devices.
 
     On SLURM, Open MPI and Cloud TPU all but `distributed` is found out by itself. Raises ValueError when it is not, or
-    when process 0 cannot be reached within `timeout` seconds; process 0 is ended by jax, naming who is missing.
+    when process 0 cannot be reached within `timeout` seconds; where another is missing, jax ends all that are there.
     """
     if not distributed:
         return
