@@ -919,9 +919,10 @@ def test_a_choice_cannot_be_made_afterwards(few_shot, trained, followed):
 
 def test_paper_is_marked_wherever_it_is_shown(few_shot, followed, tmp_path, monkeypatch, capsys):
     run_dir, shown = followed
-    heading = next(line for line in shown.splitlines() if "paper" in line)
-    below = shown.splitlines()[shown.splitlines().index(heading) + 1]
-    assert below.index("chosen on the TEST SET") - heading.index("paper") in range(-20, 20)
+    listed = shown.splitlines()
+    first = next(i for i, line in enumerate(listed) if "paper" in line)
+    for line, words in zip(listed[first + 1 :], ("chosen on", "the TEST SET"), strict=False):
+        assert line.index(words) - listed[first].index("paper") in range(-20, 20)
     assert "paper: chosen on the TEST SET" in shown
     with (run_dir / "scores-paper.csv").open() as file:
         assert {row["weights"] for row in csv.DictReader(file)} == {"paper, chosen on test data"}
