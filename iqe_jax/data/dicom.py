@@ -192,8 +192,6 @@ def _of_frame(header: Dataset, index: int) -> Dataset:
 
 def _grey(name: str, stored: np.ndarray, own: Dataset, window: Window | None) -> Float32[np.ndarray, "height width"]:
     values = apply_modality_lut(stored, own)
-    # Slope 1 and intercept 0 make a new array that is the same.
-    as_stored = values is stored or ("ModalityLUTSequence" not in own and np.array_equal(values, stored))
     if values.dtype.kind == "f":
         check_finite(name, int(np.count_nonzero(~np.isfinite(values))))
     if window is not None:
@@ -206,7 +204,9 @@ def _grey(name: str, stored: np.ndarray, own: Dataset, window: Window | None) ->
         return (apply_voi(_whole_numbers(values), own) / (2**bits - 1)).astype(np.float32)
     if (voi := _window(own)) is not None:
         return apply_windowing(values, voi).astype(np.float32)
-    if as_stored and int(own.get("BitsStored", 16)) <= 8 and int(own.get("PixelRepresentation", 0)) == 0:
+    eight_bits = int(own.get("BitsStored", 16)) <= 8 and int(own.get("PixelRepresentation", 0)) == 0
+    # Slope 1 and intercept 0 make a new array that is the same.
+    if eight_bits and "ModalityLUTSequence" not in own and np.array_equal(values, stored):
         return (stored / (2 ** int(own.BitsStored) - 1)).astype(np.float32)
     real = values[stored != own.PixelPaddingValue] if own.get("PixelPaddingValue") is not None else values
     return linear(values, robust(real if real.size else values))

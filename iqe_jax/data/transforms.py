@@ -5,11 +5,12 @@ scans.py opens. Which files to open is for bmad.py to say, batches are made in p
 """
 
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image
+from PIL import Image, ImageChops
 
 # Rotations in radians, shifts in units of half the image side, flips; in the official order.
 _ROTATIONS = (-np.pi / 8, -np.pi / 16, np.pi / 16, np.pi / 8)
@@ -213,18 +214,20 @@ def image_array(image: Image.Image, path: Path | str, size: int) -> Float32[np.n
 
 
 def _mask_array(mask: Image.Image, path: Path, size: int) -> Float32[np.ndarray, "size size"]:
-    # Of a mask in 16 bits that fit into 8 these are meant; of a coloured one the strongest channel.
-    small = mask.mode.startswith("I") and np.asarray(mask).min() >= 0 and np.asarray(mask).max() <= 255
-    values = np.asarray(mask).astype(np.uint8) if small else np.asarray(_eight_bit(mask, path).convert("RGB")).max(-1)
-    found = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1
+    if mask.mode.startswith("I") and (numbers := np.asarray(mask)).min() >= 0 and numbers.max() <= 255:
+        mask = Image.fromarray(numbers.astype(np.uint8))
+    mask = _eight_bit(mask, path)
+    # By Pillow, as this is on the way of every mask that is decoded: of colours the strongest channel.
+    grey = reduce(ImageChops.lighter, mask.convert("L" if mask.mode in ("1", "L") else "RGB").split())
+    found = [value for value, pixels in enumerate(grey.histogram()) if value and pixels]
     if len(found) == 1 and found[0] <= 127:
-        values = np.where(values > 0, np.uint8(255), np.uint8(0))
+        grey = grey.point([0] + 255 * [255])
     if len(found) > 1 and found[-1] <= CLASSES:
         raise ValueError(
             f"mask {path} holds the values {', '.join(map(str, found))} of 255, as label maps do: save it as 0 where "
             "the image is normal and 255 where it is not"
         )
-    return _scaled(Image.fromarray(values), size, Image.Resampling.NEAREST)
+    return _scaled(grey, size, Image.Resampling.NEAREST)
 
 
 def _scaled(image: Image.Image, size: int, resample: Image.Resampling) -> Float32[np.ndarray, "size size ..."]:
