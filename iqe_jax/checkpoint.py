@@ -24,7 +24,7 @@ from iqe_jax import processes
 from iqe_jax.config import Config, Rule, read, to_json
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.train_state import TrainState
-from iqe_jax.weights import load_adapter, save_adapter
+from iqe_jax.weights import begun, load_adapter, save_adapter
 
 # Settings that may differ between a run and its continuation: they change where, how long or how fast, not what.
 FREE = {
@@ -87,7 +87,7 @@ class RunDirectory:
     @property
     def begun(self) -> bool:
         """Whether training has left anything here."""
-        return self.kept is not None or (self.path / "checkpoints").exists()
+        return begun(self.path)
 
     def claim(self) -> None:
         """Create the directory and write the resolved config. Raises ValueError if not all processes see it then."""

@@ -20,6 +20,7 @@ from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import Sample, load_split
 from iqe_jax.data.phantoms import MARK
+from iqe_jax.data.supports import held_out
 from iqe_jax.evaluator import Evaluation, evaluate_each
 from iqe_jax.experiment import Trained, render, seeds, train_run
 from iqe_jax.models.iqe_clip import Params
@@ -190,8 +191,8 @@ def calibrate(
             pool = load_split(config.data.root, config.data.dataset, "valid")
             support = [] if config.zero_shot else training_data.plan(config).training[config.data.dataset]
             # Also of a run whose pool has grown since: what it was trained on, by its own record.
-            trained_on = {*(sample.name for sample in support), *((run.kept or {}).get("support") or ())}
-            samples = [sample for sample in pool if sample.name not in trained_on]
+            recorded = [sample for sample in pool if sample.name in (run.kept or {}).get("support", ())]
+            samples = held_out(pool, [*support, *recorded])
     except (FileNotFoundError, ValueError) as missing:
         console.print(f"Not calibrated: {missing}")
         return

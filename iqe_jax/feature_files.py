@@ -1,4 +1,4 @@
-"""Features on disk: shards, which are folders with a .npy file for each array; of what, features.py knows."""
+"""Features on disk: shards, which are folders with a .npy file for each array. What is in them is features.py's."""
 
 import contextlib
 import os

@@ -116,15 +116,15 @@ def cells(argv: Sequence[str]) -> tuple[Options, list[Cell]]:
 
 
 def _runs(config: Config, dataset: str, shots: int, options: Options) -> Iterator[Config]:
+    from iqe_jax.experiment import seeds
+
     data, train = dataclasses.replace(config.data, dataset=dataset, shots=shots), config.train
     if options.phantoms and not shots:  # small, and the same for all seeds
         train = dataclasses.replace(train, features="disk")
-    for i in range(options.seeds):
-        seed = train.seed + i
-        if data.support_list:
-            data = dataclasses.replace(data, support_row=config.data.support_row + i)
-        run_dir = options.out / "runs" / f"{dataset}-k{shots}-seed{seed}"
-        yield dataclasses.replace(config, data=data, train=dataclasses.replace(train, seed=seed), run_dir=run_dir)
+    several = dataclasses.replace(config.eval, seeds=options.seeds)
+    for run in seeds(dataclasses.replace(config, data=data, train=train, eval=several)):
+        run_dir = options.out / "runs" / f"{dataset}-k{shots}-seed{run.train.seed}"
+        yield dataclasses.replace(run, run_dir=run_dir)
 
 
 # ---------------------------------------------------------------------------- running

@@ -284,5 +284,6 @@ class _Log:
             return
         mark = {"chosen_on_test_data": True} if rule == "paper" else {}
         self._lines.write(json.dumps({"step": step, rule: metrics, **mark}) + "\n")
-        for name, value in ((name, value) for name, value in metrics.items() if value is not None):
-            self._board.add_scalar(f"{rule}{'_chosen_on_test_data' if mark else ''}/{name}", value, step)
+        for name, value in metrics.items():
+            if value is not None:
+                self._board.add_scalar(f"{rule}{'_chosen_on_test_data' if mark else ''}/{name}", value, step)

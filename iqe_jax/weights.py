@@ -86,10 +86,15 @@ def adapter_file(directory: Path) -> Path:
     Raises ValueError for a directory whose config.json is damaged.
     """
     own, stored = directory / "adapter.safetensors", directory / "config.json"
-    if any(path.exists() for path in (own, directory / "kept.json", directory / "checkpoints")) or not stored.exists():
+    if begun(directory) or not stored.exists():
         return own
     given = read(stored).model.adapter
     return Path(given) if given else own
+
+
+def begun(directory: Path) -> bool:
+    """Whether training has left anything in a run directory."""
+    return any((directory / name).exists() for name in ("adapter.safetensors", "kept.json", "checkpoints"))
 
 
 def load_adapter(model: IqeClip, source: str | Path) -> Params:

@@ -61,6 +61,12 @@ def at(recipe, run_dir, **train):
     return dataclasses.replace(recipe, run_dir=run_dir, train=dataclasses.replace(recipe.train, **train))
 
 
+def with_own_data(recipe, tiny_root, tmp_path):
+    """The recipe on a copy of the sets, which may be changed."""
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=root))
+
+
 def losses(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
@@ -265,8 +271,8 @@ def repaint(path, change):
 
 @pytest.mark.parametrize("what", ["training images", "CLIP weights"])
 def test_a_run_goes_on_with_what_it_was_begun_with_alone(few_shot, tiny_root, tmp_path, monkeypatch, capsys, what):
-    root = shutil.copytree(tiny_root, tmp_path / "sets")
-    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    root = recipe.data.root
     recipe = at(recipe, tmp_path / "run", epochs=1)
     experiment.run_training(recipe)
     if what == "CLIP weights":
@@ -419,11 +425,10 @@ def test_masks_that_are_all_empty_do_not_stop_the_choice():
 
 
 def test_what_is_undefined_is_null_in_json(few_shot, tiny_root, tmp_path):
-    root = shutil.copytree(tiny_root, tmp_path / "sets")
-    for sample in (*load_split(root, "brain", "valid"), *load_split(root, "brain", "test")):
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    for sample in (*load_split(recipe.data.root, "brain", "valid"), *load_split(recipe.data.root, "brain", "test")):
         if sample.mask is not None:
             repaint(sample.mask, lambda pixels: 0 * pixels)
-    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
     run_dir = tmp_path / "run"
     evaluation.run_evaluation(at(recipe, run_dir, keep="valid", epochs=1))
 
@@ -437,8 +442,8 @@ def test_what_is_undefined_is_null_in_json(few_shot, tiny_root, tmp_path):
 
 
 def test_images_that_were_trained_on_calibrate_nothing_though_the_pool_has_grown(few_shot, tiny_root, tmp_path):
-    root = shutil.copytree(tiny_root, tmp_path / "sets")
-    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    root = recipe.data.root
     recipe = at(recipe, tmp_path / "run", epochs=1)
     evaluation.run_evaluation(recipe)
     support = set(json.loads((tmp_path / "run" / "kept.json").read_text())["support"])
@@ -549,7 +554,7 @@ def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, t
     assert len(runs) == 4
 
 
-def test_support_images_are_trained_on_as_augmented(few_shot, golden_model, tiny_root, monkeypatch):
+def test_support_images_are_trained_on_as_augmented(few_shot, golden_model):
     """Labels and masks in the order of the images: all of an augmentation, then the next; masks above one half."""
     model, frozen, _ = golden_model
     recipe = at(few_shot, None, features="memory")
@@ -825,9 +830,8 @@ def test_without_weights_the_message_says_what_to_get(few_shot, tmp_path, monkey
 
 
 def test_an_unreadable_image_is_named(few_shot, tiny_root, tmp_path):
-    root = shutil.copytree(tiny_root, tmp_path / "sets")
-    (root / "Brain_AD/test/Ungood/img/003.png").write_bytes(b"\x89PNG\r\n")
-    recipe = dataclasses.replace(few_shot, data=dataclasses.replace(few_shot.data, root=root))
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    (recipe.data.root / "Brain_AD/test/Ungood/img/003.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match=r"Ungood/img/003\.png"):
         evaluation.run_evaluation(at(recipe, tmp_path / "run", steps=1))
 
