@@ -133,6 +133,7 @@ class _Scorer:
         self._images: list[Float[np.ndarray, "6 batch"]] = []
         self._maps: dict[int, np.ndarray] = {}
         self._first = 0  # number of the next batch's first image
+        self._seen = 0  # pixels that each device has counted, padding too
         self.on_maps: OnMaps | None = None
 
     def add(self, batch: Batch, keep_maps: Collection[int]) -> None:
@@ -148,6 +149,9 @@ class _Scorer:
                 regions = batch.regions is not None
                 counts = pixel_metrics.start(segmentation, batch.weight, regions=regions, split=layout.batch)
                 self._counts = _in_turn(counts)
+            seen, self._seen = self._seen, self._seen + segmentation.size // layout.batch_shards
+            if seen <= pixel_metrics.MOST < self._seen:
+                self._counts = _in_turn(pixel_metrics.widened(self._counts))
             counted = (segmentation, batch.masks, batch.weight, batch.regions)
             self._counts = pixel_metrics.count(self._counts, *counted, split=layout.batch)
         self._first += size

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 AnyArray = jax.Array | np.ndarray
 
@@ -28,6 +28,8 @@ _CELLS = (0x3F800000 >> 16) + 1
 _LEAST = 5
 _UNIFORM = 19  # a cell has at least its share of 2¹⁹ bins spread evenly over [0, 1],
 _FITTED = 20  # and of 2²⁰ spread as the first batch's pixels are
+MOST = 2**32 - 1
+"""Pixels that the counters of one device surely hold as `start` makes them: 74,000 images of 240 × 240."""
 BINS = 2**19 + 2**_UNIFORM + 2**_FITTED
 
 
@@ -37,12 +39,12 @@ class PixelCounts:
 
     `scale` says for each cell where its bins begin (times 16) and how many low bits of a value it does not tell apart.
     `seen` is the number of pixels, `pixels` are normal and anomalous ones, in uint32, which is a quarter faster than
-    int64, and `overlap` is the sum of 1/area of its region over each anomalous pixel, in float64.
+    the int64 of `widened`, and `overlap` is the sum of 1/area of its region over each anomalous pixel, in float64.
     """
 
     scale: Int[Array, " cell"]
     seen: Int[Array, " part"]
-    pixels: UInt[Array, "part 2 bin"]
+    pixels: Integer[Array, "part 2 bin"]
     overlap: Float[Array, "part bin"] | None
 
 
@@ -120,7 +122,7 @@ def _add(counts: PixelCounts, maps: jax.Array, masks: jax.Array, weight: jax.Arr
         place, anomalous = _place(values.reshape(-1), counts.scale), mask.reshape(-1) > 0.5
         # One flat index: XLA's scatter is several times slower with more. Most pixels are normal, so that their bins by
         # themselves take half the cache that pairs of bins would.
-        pixels = pixels.at[BINS * anomalous.astype(jnp.int32) + place].add(there.astype(jnp.uint32))
+        pixels = pixels.at[BINS * anomalous.astype(jnp.int32) + place].add(there.astype(pixels.dtype))
         if overlap is not None:
             shares = jnp.where(there & anomalous, shares.reshape(-1), 0).astype(jnp.float64)
             overlap = overlap.at[place].add(shares)
@@ -133,6 +135,12 @@ def _add(counts: PixelCounts, maps: jax.Array, masks: jax.Array, weight: jax.Arr
     seen = counts.seen + there.sum(dtype=jnp.int64) * math.prod(maps.shape[1:])
     overlap = None if counts.overlap is None else overlap.reshape(counts.overlap.shape)
     return PixelCounts(counts.scale, seen, pixels.reshape(counts.pixels.shape), overlap)
+
+
+def widened(counts: PixelCounts) -> PixelCounts:
+    """The same counts with room for any number of pixels, for when a device comes to see more than `MOST`."""
+    with jax.enable_x64(True):
+        return counts.replace(pixels=counts.pixels.astype(jnp.int64))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _bits(values: jax.Array) -> jax.Array:
@@ -177,13 +185,10 @@ def _parts(split: NamedSharding) -> int:
 def histogram(counts: PixelCounts) -> Histogram:
     """The counts of all devices and processes, on the host of each. All processes have to call it.
 
-    Raises ValueError when one device has seen more pixels than its counters surely hold: 2³² of them, 74,000 images of
-    240 × 240.
+    Raises ValueError when one device has seen more than `MOST` pixels and counts were not `widened` before.
     """
-    if (most := int(_whole(counts.seen, "max"))) >= 2**32:
-        raise ValueError(
-            f"{most} pixels were counted on one device; from {2**32} on counts may overflow: use more devices"
-        )
+    if (most := int(_whole(counts.seen, "max"))) > MOST and counts.pixels.dtype == np.uint32:
+        raise ValueError(f"{most} pixels were counted on one device; counters of 32 bits surely hold {MOST}")
     pixels, scale = _whole(counts.pixels), np.asarray(counts.scale)
     hidden = scale & 15
     exact = np.repeat(hidden == 0, 1 << (16 - hidden))
@@ -200,11 +205,13 @@ def _whole(parts: jax.Array, how: str = "sum") -> np.ndarray:
         return np.asarray(parts)[0]
     with jax.enable_x64(True):
         whole = NamedSharding(parts.sharding.mesh, PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
-        return np.asarray(jax.jit(partial(_over_parts, how=how), out_shardings=whole)(parts))
+        return np.asarray(_over_parts(parts, how, whole))
 
 
-def _over_parts(parts: jax.Array, how: str) -> jax.Array:
-    return parts.max(0) if how == "max" else parts.sum(0, dtype=jnp.promote_types(parts.dtype, jnp.int64))
+@partial(jax.jit, static_argnames=("how", "whole"))
+def _over_parts(parts: jax.Array, how: str, whole: NamedSharding) -> jax.Array:
+    over = parts.max(0) if how == "max" else parts.sum(0, dtype=jnp.promote_types(parts.dtype, jnp.int64))
+    return jax.lax.with_sharding_constraint(over, whole)
 
 
 def pixel_metrics(found: Histogram, names: Iterable[str] = ("auroc", "ap", "f1_max", "aupro")) -> dict[str, float]:

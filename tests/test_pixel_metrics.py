@@ -179,8 +179,22 @@ def test_a_great_many_pixels_are_counted_and_too_many_refused():
         if fits:
             assert pixel_metrics.histogram(counts).normal.sum() == before + 1
         else:
-            with pytest.raises(ValueError, match="may overflow: use more devices"):
+            with pytest.raises(ValueError, match=f"counters of 32 bits surely hold {2**32 - 1}"):
                 pixel_metrics.histogram(counts)
+
+
+def test_widened_counts_hold_more_than_32_bits():
+    values = np.array([[[0.1, 0.9]]], np.float32)
+    weight = np.ones(1, np.float32)
+    counts = pixel_metrics.start(values, weight, regions=False)
+    place = int(pixel_metrics._place(jnp.float32(0.1), counts.scale))
+    with jax.enable_x64(True):
+        counts = counts.replace(seen=counts.seen + 2**33, pixels=counts.pixels.at[0, 0, place].add(2**32 - 1))
+    counts = pixel_metrics.widened(counts)
+    for _ in range(3):
+        counts = pixel_metrics.count(counts, values, (values > 0.5).astype(np.float32), weight)
+    found = pixel_metrics.histogram(counts)
+    assert (found.normal.sum(), found.anomalous.sum()) == (2**32 + 2, 3)
 
 
 def test_grey_masks_are_anomalous_above_one_half():
