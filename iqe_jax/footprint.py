@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ class Footprint:
     `parts` splits what has to be in memory around the program by what it is: `frozen`, `trainable`, `optimiser` and
     `batch`, computed from shapes and shardings. A program may take only some of these as `arguments`. `flops` are as
     written, however many passes the device makes of a product. `code` and `peak` may be 0 where a compiler does not
-    say.
+    say. Work and traffic are those of one of the `parts_of_batch`, since compilers count a loop once.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Footprint:
     accessed: float
     collectives: tuple[Collective, ...]
     seconds: float
+    parts_of_batch: int = 1
 
     @property
     def needed(self) -> int:
@@ -94,7 +95,7 @@ def train_footprint(model: IqeClip, config: Config, layout: Layout, *, masks: bo
     }
     with layout.active():
         lowered = step_program.lower(state, {"text": frozen["text"]}, batch, **settings)
-    return _compile("train step", lowered, parts, layout, size)
+    return replace(_compile("train step", lowered, parts, layout, size), parts_of_batch=train.accumulate)
 
 
 def evaluation_footprints(
@@ -103,9 +104,7 @@ def evaluation_footprints(
     """The two programs of an evaluation: the image tower and the scoring of one batch of its features."""
     size = at_once(model, config, layout)
     side = model.config.image_size
-    train = config.train
-    rates = (train.learning_rate, train.temperature_learning_rate)
-    trainable = shapes_laid_out(model, rates, layout).trainable
+    trainable = shapes_laid_out(model, config.train.rates, layout).trainable
     frozen = _frozen(model, layout)
     images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32, sharding=layout.batch)
     batch = batch_shapes(model, layout, size, model.dtype, masks=masks)
@@ -198,13 +197,8 @@ def _group(attributes: str, devices: int) -> int:
     return devices
 
 
-def footprint_table(
-    title: str, footprints: Sequence[Footprint], *, features: tuple[str, int] | None = None, has: float | None = None
-) -> Table:
-    """What each program needs on one device, in MB; `features` names the place of the kept ones and their bytes.
-
-    `has` are the bytes of memory of one device, where they are known.
-    """
+def footprint_table(title: str, footprints: Sequence[Footprint], *, features: tuple[str, int] | None = None) -> Table:
+    """What each program needs on one device, in MB; `features` names the place of the kept ones and their bytes."""
     table = Table(title=title)
     table.add_column("per device", no_wrap=True)
     for footprint in footprints:
@@ -220,9 +214,9 @@ def footprint_table(
     for name, sizes in rows.items():
         table.add_row(name, *("–" if size is None else in_bytes(size) for size in sizes))
     table.add_section()
-    of = "" if has is None else f" of {in_bytes(has)}"
-    table.add_row("needed while it runs", *(in_bytes(f.needed) + of for f in footprints))
-    table.add_row("GFLOPs", *(f"{f.flops / 1e9:,.1f}" for f in footprints))
+    table.add_row("needed while it runs", *(in_bytes(f.needed) for f in footprints))
+    counted = [f"{f.flops / 1e9:,.1f}" + (" a micro-batch" if f.parts_of_batch > 1 else "") for f in footprints]
+    table.add_row("GFLOPs", *counted)
     table.add_row("seconds to compile", *(f"{f.seconds:.0f}" for f in footprints))
     if features is not None:
         table.caption = f"Kept features: {in_bytes(features[1])}, {features[0]}"

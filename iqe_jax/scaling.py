@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -56,7 +57,7 @@ class Options:
     measure: bool = False
     """Run the train step on 1, 2, 4, … of the devices that are here, in place of predicting."""
     per_chip: int = 16
-    """Images per chip and step."""
+    """Images per chip and step; of a chip that JAX shows as two devices each takes half."""
     repeats: int = 5
     """Timed runs of which --measure takes the median."""
     out: Path = Path("runs/scaling")
@@ -65,9 +66,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One program at one size. Times are seconds per step; `efficiency` is throughput per chip against one chip.
+    """One program at one size. Times are seconds per step.
 
-    `efficiency_flops` is the same where only FLOPs took time on the chip: what is left if memory is never waited for.
+    `efficiency` is throughput per chip against one chip's, measured against the fewest that the mesh fits;
+    `efficiency_flops` is the same if memory were never waited for.
     """
 
     chip: str
@@ -95,7 +97,7 @@ def topology_devices(name: str) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    if name.partition(":")[0] not in CHIPS or not name.partition(":")[2]:
+    if not re.fullmatch(rf"({'|'.join(CHIPS)}):[1-9]\d*(x[1-9]\d*)*", name):
         raise ValueError(f"--topology {name}: expected one of {', '.join(CHIPS)} and its sides, such as v5e:4x4")
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -115,27 +117,28 @@ def predict(model: IqeClip, config: Config, topologies: Sequence[str], per_chip:
     """A row for training and one for evaluation of each slice, as they are compiled."""
     alone: dict[str, list[list[Footprint]]] = {}
     for name in topologies:
+        devices = topology_devices(name)
         kind, sides = name.split(":")
         chip, chips = CHIPS[kind], math.prod(int(side) for side in sides.split("x"))
-        devices = topology_devices(name)
         part = len(devices) // chips  # some chips are two devices
         chip = replace(chip, flops=chip.flops / part, memory=chip.memory / part, bandwidth=chip.bandwidth / part)
         layout = make_layout(config.mesh, devices)
-        programs = _compiled(model, config, layout, per_chip, name)
+        programs = _compiled(model, config, layout, per_chip / part, name)
         single = programs
         # Where only the batch is split, a chip of many does what a single one does, and exchanges on top.
-        if config.mesh.fsdp * config.mesh.tensor > 1:
+        if _split(config) > 1:
             if kind not in alone:
                 first = make_layout(replace(config.mesh, data=1, fsdp=1, tensor=1), devices[:1])
-                alone[kind] = _compiled(model, config, first, per_chip, f"one chip of {kind}")
+                alone[kind] = _compiled(model, config, first, per_chip / part, f"one chip of {kind}")
             single = alone[kind]
         mesh = {axis: int(n) for axis, n in layout.mesh.shape.items()}
         for found, one in zip(programs, single, strict=True):
             yield predicted_row(found, one, chip, chips, mesh, PASSES[config.model.dtype])
 
 
-def _compiled(model: IqeClip, config: Config, layout: Layout, per_chip: int, name: str) -> list[list[Footprint]]:
-    size = per_chip * layout.batch_shards
+def _compiled(model: IqeClip, config: Config, layout: Layout, each: float, name: str) -> list[list[Footprint]]:
+    """The programs for `each` images a device."""
+    size = layout.padded(math.ceil(each * layout.mesh.size))
     config = replace(config, train=replace(config.train, batch_size=size), eval=replace(config.eval, batch_size=size))
     console.print(f"{name}: compiling the train step for {size} images, {config.model.dtype} …")
     train = train_footprint(model, config, layout)
@@ -189,11 +192,9 @@ def predicted_row(
 def measure(model: IqeClip, config: Config, per_chip: int, repeats: int) -> Iterator[Row]:
     """A row for the train step on 1, 2, 4, … of the devices here: random weights and features, the median time."""
     devices, first = jax.devices(), None
-    for count in [2**i for i in range(len(devices).bit_length())]:
-        layout = make_layout(config.mesh, devices[:count]) if count % _split(config) == 0 else None
-        if layout is None:
-            continue
-        size = per_chip * layout.batch_shards
+    for count in [2**i for i in range(len(devices).bit_length()) if 2**i % _split(config) == 0]:
+        layout = make_layout(config.mesh, devices[:count])
+        size = layout.padded(per_chip * count)
         console.print(f"{count} × {devices[0].device_kind}: {size} images a step …")
         seconds = _timed(model, replace(config, train=replace(config.train, batch_size=size)), layout, size, repeats)
         first = first or size / seconds / count
@@ -222,15 +223,12 @@ def _timed(model: IqeClip, config: Config, layout: Layout, size: int, repeats: i
     state = create(model, config.train, frozen, layout)
 
     rows, side = layout.rows(size), settings.image_size
-
-    def array(*shape: int) -> np.ndarray:
-        return draw.standard_normal(shape, np.float32)
-
-    tokens = array(len(settings.levels), len(rows), model.grid**2, model.clip.vision_width).astype(kept_dtype(config))
+    shape = (len(settings.levels), len(rows), model.grid**2, model.clip.vision_width)
+    tokens = draw.standard_normal(shape, np.float32).astype(kept_dtype(config))
+    pooled = draw.standard_normal((len(rows), model.clip.embed_dim), np.float32)
     labels = np.arange(size, dtype=np.float32)[rows] % 2
-    masks = (array(len(rows), side, side) > 1).astype(np.float32)
-    batch = Batch(tokens, array(len(rows), model.clip.embed_dim), masks, labels, np.ones_like(labels))
-    batch = batch.placed(layout, size)
+    masks = (draw.random((len(rows), side, side)) > 0.84).astype(np.float32)
+    batch = Batch(tokens, pooled, masks, labels, np.ones_like(labels)).placed(layout, size)
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -288,14 +286,15 @@ def _plot(rows: Sequence[Row], title: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(f"no {path.name}: Matplotlib is not installed; pip install '.[plot]'") from None
+    least = 1 if rows[0].seconds is None else min(row.chips for row in rows)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for chip, program in dict.fromkeys((row.chip, row.program) for row in rows):
-        points = sorted((r.chips, 100 * r.efficiency) for r in rows if (r.chip, r.program) == (chip, program))
-        axes.plot(*zip(*[(1, 100.0), *(p for p in points if p[0] > 1)], strict=True), "o-", label=f"{chip}, {program}")
-    axes.set(xscale="log", ylim=(0, 105), xlabel="chips", ylabel="efficiency, % of one chip's images/s")
-    sizes = sorted({1, *(row.chips for row in rows)})
-    axes.set_xticks(sizes, [str(n) for n in sizes])
+        points = {r.chips: 100 * r.efficiency for r in rows if (r.chip, r.program) == (chip, program)}
+        points.setdefault(least, 100.0)
+        axes.plot(sorted(points), [points[n] for n in sorted(points)], "o-", label=f"{chip}, {program}")
+    axes.set(xscale="log", ylim=(0, 105), xlabel="chips", ylabel=f"efficiency, % of images/s a chip of {least}")
+    axes.set_xticks(sizes := sorted({least, *(row.chips for row in rows)}), [str(n) for n in sizes])
     axes.minorticks_off()
     axes.set_title(title, fontsize=9, wrap=True)
     axes.grid(alpha=0.3)
@@ -311,16 +310,17 @@ def main(argv: list[str]) -> None:
             raise ValueError("give either --topology or --measure")
         if options.per_chip < 1 or options.repeats < 1:
             raise ValueError("--per-chip and --repeats must be above 0")
-        size, parts = options.per_chip * config.mesh.fsdp, config.train.accumulate
+        size, parts = options.per_chip * _split(config), config.train.accumulate
         if options.measure and size % parts:
             raise ValueError(f"train.accumulate is {parts}; it must divide the {size} images of a step")
         if not options.measure:
+            if parts > 1:
+                raise ValueError("compilers count a loop once: with train.accumulate above 1 there is only --measure")
             jax.config.update("jax_platforms", "cpu")  # else the compiler's library would look for TPUs to run on
         model = describe(config.model)
         about: dict[str, Any] = {"config": config.name, "dtype": config.model.dtype, "per_chip": options.per_chip}
         if options.measure:
-            rows = list(measure(model, config, options.per_chip, options.repeats))
-            if not rows:
+            if not (rows := list(measure(model, config, options.per_chip, options.repeats))):
                 raise ValueError("too few devices here for mesh.fsdp × mesh.tensor")
             title, notes = f"{MEASURED} on {rows[0].chip}, {config.name}, {config.model.dtype}", []
             if jax.devices()[0].platform == "cpu":

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from rich.console import Console
 
+from iqe_jax import scaling
 from iqe_jax.chips import Chip, seconds_to_exchange
 from iqe_jax.config import ModelConfig, load
 from iqe_jax.footprint import (
@@ -96,9 +98,9 @@ def test_footprint_on_one_device():
     assert train.parts["optimiser"] == pytest.approx(2 * train.parts["trainable"], rel=0.01)
     assert train.needed >= sum(train.parts.values()) and train.flops > 0 and tower.accessed > 0
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(footprint_table("What it needs", [train, tower, scoring], features=("in memory", 10**9), has=16e9))
+    console.print(footprint_table("What it needs", [train, tower, scoring], features=("in memory", 10**9)))
     text = console.export_text()
-    for words in ("frozen parameters", "optimiser", "Kept features: 1.00 GB, in memory", "of 16.00 GB", "scoring"):
+    for words in ("frozen parameters", "optimiser", "Kept features: 1.00 GB, in memory", "scoring"):
         assert words in text
 
 
@@ -153,6 +155,24 @@ def test_steps_that_do_not_fall_into_equal_parts_are_refused(tmp_path):
         main([*line, "--train.accumulate", "4"])
 
 
+def test_the_work_of_one_micro_batch_is_no_prediction_of_a_steps():
+    config = load("phantom_fewshot")
+    model = describe(config.model)
+    layout = make_layout(config.mesh, jax.devices()[:1])
+    parted = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=4))
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(footprint_table("What it needs", [train_footprint(model, parted, layout)]))
+    assert "a micro-batch" in console.export_text()
+    with pytest.raises(SystemExit, match=r"compilers count a loop once"):
+        main(["--config", "phantom_fewshot", "--topology", "v5e:4x4", "--train.accumulate", "4"])
+
+
+@pytest.mark.parametrize("name", ["h100:4x4", "v5e", "v5e:", "v5e:4x4:2", "v5e:abc", "v5e:4x", "v5e:0x4"])
+def test_a_topology_that_is_none_is_named(name):
+    with pytest.raises(SystemExit, match=rf"--topology {name}: expected one of v4, .* such as v5e:4x4"):
+        main(["--config", "phantom_fewshot", "--topology", name])
+
+
 def test_a_missing_tpu_compiler_is_named_with_its_version(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ValueError, match=r"pip install 'libtpu==[\d.]+\*'"):
@@ -171,3 +191,18 @@ def test_measuring_says_what_it_is(tmp_path):
         assert row["seconds"] > 0 and math.isclose(row["images_per_second"], row["batch"] / row["seconds"])
     assert (tmp_path / "scaling.md").read_text().startswith("**MEASURED on cpu")
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_measuring_takes_as_many_images_a_chip_on_every_mesh(monkeypatch):
+    config = load("phantom_fewshot")
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, tensor=2))
+
+    def layout(mesh, devices):  # of more devices than there are
+        shape = {"data": len(devices) // mesh.tensor, "tensor": mesh.tensor}
+        return SimpleNamespace(mesh=SimpleNamespace(shape=shape), padded=lambda size: size)
+
+    monkeypatch.setattr(scaling, "make_layout", layout)
+    monkeypatch.setattr(scaling.jax, "devices", lambda: [SimpleNamespace(device_kind="chip")] * 4)
+    monkeypatch.setattr(scaling, "_timed", lambda model, config, layout, size, repeats: 0.5 * size)
+    rows = list(scaling.measure(describe(config.model), config, per_chip=3, repeats=1))
+    assert [(row.chips, row.batch, row.efficiency) for row in rows] == [(2, 6, 1.0), (4, 12, 0.5)]
