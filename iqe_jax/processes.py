@@ -33,10 +33,13 @@ def start(
 ) -> None:
     """Join the other processes; to be called before jax looks for devices.
 
-    On SLURM, Open MPI and Cloud TPU all but `distributed` is found out by itself. Raises ValueError when it is not, or
-    when process 0 cannot be reached within `timeout` seconds; where another is missing, jax ends all that are there.
+    On SLURM, Open MPI and Cloud TPU all but `distributed` is found out by itself. Raises ValueError when it is not, for
+    a place among processes without `distributed`, or when process 0 cannot be reached within `timeout` seconds; where
+    another is missing, jax ends all that are there.
     """
     if not distributed:
+        if (coordinator, count, index) != (None, None, None):
+            raise ValueError("--coordinator, --processes and --process-id say how processes meet: add --distributed")
         return
     # jax ends a process that waits in vain with a trace of its own, so what it waits for is said, or tried, before.
     if not index:
@@ -109,7 +112,7 @@ def together(what: str) -> Iterator[None]:
         failure = error
     said = np.zeros(MESSAGE, np.uint8)
     if failure is not None:
-        text = f"on {socket.gethostname()}: {failure}".encode()[:MESSAGE]
+        text = f"on {socket.gethostname()}: {failure}".encode(errors="backslashreplace")[:MESSAGE]
         said[: len(text)] = np.frombuffer(text, np.uint8)
     messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in _allgather(said)]
     if failed := [f"process {i} {message}" for i, message in enumerate(messages) if message]:

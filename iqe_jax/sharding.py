@@ -131,7 +131,7 @@ class Layout:
         leaves, structure = jax.tree.flatten(tree)
         spread = [i for i, x in enumerate(leaves) if not (x.is_fully_addressable or x.is_fully_replicated)]
         if spread:
-            whole = jax.jit(lambda xs: xs, out_shardings=self.replicated)([leaves[i] for i in spread])
+            whole = jax.jit(_same, out_shardings=self.replicated)([leaves[i] for i in spread])
             for i, x in zip(spread, whole, strict=True):
                 leaves[i] = x
         return jax.tree.unflatten(structure, [np.asarray(x) for x in leaves])
@@ -175,6 +175,11 @@ class Layout:
             return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
         return jax.tree.map(array, dict(tree), shardings)
+
+
+def _same(arrays: list[jax.Array]) -> list[jax.Array]:
+    """By name, as `jit` would compile a lambda anew at each call."""
+    return arrays
 
 
 def laid_out(boxed: Any, shardings: Any) -> Any:

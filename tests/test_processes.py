@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from iqe_jax import processes
 from iqe_jax.data.phantoms import CLIP_DIR
 
 ROOT = Path(__file__).parents[1]
@@ -228,6 +229,18 @@ def test_a_dying_process_ends_the_others_in_bounded_time(whole, tmp_path):
     wait_for(lambda: len(lines(run_dir)) >= 2, processes[0])
     processes[1].kill()
     assert finish(*processes, seconds=120)[0] != 0
+
+
+def test_a_place_among_processes_takes_the_word_that_there_are_several():
+    with pytest.raises(ValueError, match=r"--coordinator, --processes and --process-id .* add --distributed"):
+        processes.start(False, "localhost:1234", 2, 1)
+
+
+def test_a_message_may_hold_a_name_of_any_bytes(monkeypatch):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_allgather", lambda x: x[None])
+    with pytest.raises(ValueError, match=r"could not look: *\n.*no folder h.+lle"), processes.together("look"):
+        raise FileNotFoundError(f"no folder {os.fsdecode(b'h' + bytes([0xF6]) + b'lle')}")
 
 
 def test_what_one_process_lacks_is_said_by_all(whole, tmp_path):
