@@ -137,7 +137,7 @@ def load(
     if "levels" in settings:
         settings["levels"] = tuple(settings["levels"])
     model, frozen = load_model(ModelConfig(clip=str(clip), adapter=str(adapter), **settings))
-    return Detector(model, frozen, fit_adapter(model, weights, adapter), zero_shot=zero_shot)
+    return Detector(model, frozen, jax.device_put(fit_adapter(model, weights, adapter)), zero_shot=zero_shot)
 
 
 def _load_run(directory: Path) -> Detector:
@@ -149,7 +149,7 @@ def _load_run(directory: Path) -> Detector:
     if source.parent == directory and not source.exists():
         raise FileNotFoundError(f"{directory} has no trained adapter yet: run train.py with its settings to the end")
     model, frozen = load_model(config.model)
-    return Detector(model, frozen, load_adapter(model, source), zero_shot=config.zero_shot)
+    return Detector(model, frozen, jax.device_put(load_adapter(model, source)), zero_shot=config.zero_shot)
 
 
 @partial(jax.jit, static_argnames=("model", "zero_shot"), compiler_options=TOWER_OPTIONS)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
@@ -48,7 +47,7 @@ def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeCl
     clip = load_clip(config.clip, config.tokenizer)
     model = IqeClip(clip.config, config, _templates(clip.tokenizer, config))
     if layout is None:
-        return model, jax.tree.map(jnp.asarray, clip.params)
+        return model, jax.device_put(clip.params)
     if layout.mesh.size == 1:  # where there is nothing to split, the rules need not be asked: that traces both towers
         return model, layout.put(clip.params, jax.tree.map(lambda _: layout.replicated, clip.params))
     return model, layout.put(clip.params, frozen_shardings(model, layout))
@@ -98,7 +97,7 @@ def begun(directory: Path) -> bool:
 
 
 def load_adapter(model: IqeClip, source: str | Path) -> Params:
-    """A trained adapter for `model`, from an official .pth or our .safetensors, on the default device.
+    """A trained adapter for `model`, from an official .pth or our .safetensors, as NumPy arrays.
 
     Raises FileNotFoundError or ValueError, the latter listing every parameter that is missing, left over or of
     another shape than the model's.
@@ -107,7 +106,7 @@ def load_adapter(model: IqeClip, source: str | Path) -> Params:
 
 
 def fit_adapter(model: IqeClip, adapter: Params, source: str | Path) -> Params:
-    """`adapter` on the default device, if it has `model`'s names and shapes; raises as `load_adapter`."""
+    """`adapter` as it is, if it has `model`'s names and shapes; raises as `load_adapter`."""
     expected = meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
     want = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in _leaves(expected)}
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in _leaves(adapter)}
@@ -120,7 +119,7 @@ def fit_adapter(model: IqeClip, adapter: Params, source: str | Path) -> Params:
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model that the config describes:\n  " + "\n  ".join(problems))
-    return jax.tree.map(jnp.asarray, dict(adapter))
+    return adapter
 
 
 def read_adapter(source: str | Path, iqm_heads: int | None = None) -> dict[str, Any]:
