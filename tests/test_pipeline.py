@@ -25,17 +25,16 @@ def make_samples(folder: Path, count: int = 7) -> list[Sample]:
     return samples
 
 
-def check(batches: list, samples: list[Sample], with_masks: bool = True, start: int = 0) -> None:
+def check(batches: list, samples: list[Sample], with_masks: bool = True) -> None:
     """Every field of every batch of four against the files themselves."""
-    assert len(batches) == max(0, -(-len(samples) // 4) - start)
-    for number, batch in enumerate(batches, start):
+    assert len(batches) == -(-len(samples) // 4)
+    for number, batch in enumerate(batches):
         shapes = {k: (v.shape, v.dtype) for k, v in batch.items()}
         assert shapes == {
             "image": ((4, 16, 16, 3), np.float32),
             "mask": ((4, 16, 16), np.float32),
             "label": ((4,), np.float32),
             "weight": ((4,), np.float32),
-            "index": ((4,), np.int32),
         }
         for slot in range(4):
             i = number * 4 + slot
@@ -46,7 +45,7 @@ def check(batches: list, samples: list[Sample], with_masks: bool = True, start: 
             mask = samples[i].mask
             expected = load_mask(mask, 16) if with_masks and mask else np.zeros((16, 16))
             np.testing.assert_array_equal(batch["mask"][slot], expected)
-            assert (batch["label"][slot], batch["weight"][slot], batch["index"][slot]) == (samples[i].label, 1, i)
+            assert (batch["label"][slot], batch["weight"][slot]) == (samples[i].label, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -60,18 +59,6 @@ def test_batches_in_order_with_the_last_one_padded(tmp_path, workers, with_masks
 def test_counts_round_and_not(tmp_path, count):
     samples = make_samples(tmp_path, count)
     check(list(image_batches(samples, 16, 4, workers=2, with_masks=True)), samples)
-
-
-@pytest.mark.parametrize("start", [1, 2, 3, 9])
-def test_start_skips_batches(tmp_path, start):
-    samples = make_samples(tmp_path, 11)
-    check(list(image_batches(samples, 16, 4, workers=1, with_masks=True, start=start)), samples, start=start)
-
-
-def test_skipped_batches_are_not_read(tmp_path):
-    samples = make_samples(tmp_path)
-    samples[0].image.unlink()
-    assert len(list(image_batches(samples, 16, 4, workers=1, with_masks=True, start=1))) == 1
 
 
 def test_worker_processes(tmp_path):
@@ -109,7 +96,7 @@ def test_stopping_early_and_starting_again(tmp_path):
     check(list(image_batches(samples, 16, 4, workers=2, with_masks=True)), samples)
 
 
-@pytest.mark.parametrize(("name", "value"), [("image_size", 0), ("batch_size", 0), ("workers", -1), ("start", -1)])
+@pytest.mark.parametrize(("name", "value"), [("image_size", 0), ("batch_size", 0), ("workers", -1)])
 def test_arguments_are_checked_at_once(name, value):
     arguments: dict = {"image_size": 16, "batch_size": 4, "workers": 0, "with_masks": True, name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}"):

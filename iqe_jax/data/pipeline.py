@@ -33,7 +33,6 @@ class ImageBatch(TypedDict):
     region: NotRequired[Float32[np.ndarray, "batch size size"]]  # see `region_shares`; only if asked for
     label: Float32[np.ndarray, "batch"]  # 1 for an anomaly
     weight: Float32[np.ndarray, "batch"]  # 1 for a sample, 0 for padding
-    index: Int32[np.ndarray, "batch"]  # into `samples`
 
 
 class IndexBatch(NamedTuple):
@@ -52,7 +51,6 @@ def image_batches(
     workers: int,
     with_masks: bool,
     with_regions: bool = False,
-    start: int = 0,
     processes: bool = False,
 ) -> Iterator[ImageBatch]:
     """Decodes `samples` in their order into batches of one fixed shape; the last is padded.
@@ -64,7 +62,6 @@ def image_batches(
       workers: batches decoded at a time, ahead of use; 0 decodes in the calling thread when a batch is asked for.
       with_masks: whether to open mask files; otherwise all masks are zeros.
       with_regions: whether to find the connected regions of the masks, for AUPRO.
-      start: number of the first batch to give.
       processes: use worker processes and not threads. They take seconds to start, need a main module that can be
         imported (`if __name__ == "__main__":`), and pay off only with many cores and large images.
 
@@ -72,26 +69,21 @@ def image_batches(
       ValueError: at once if an argument is out of range. When its batch is reached, if a file cannot be read or a mask
         is not of its image's size; likewise FileNotFoundError if a file has gone (see `load_pair`).
     """
-    for name, value, least in (
-        ("image_size", image_size, 1),
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
-        ("start", start, 0),
-    ):
+    for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}, must be at least {least}")
     decode = _Decode(image_size, with_masks, with_regions)
-    batches = _image_batches(samples, decode, batch_size, workers, start, processes)
+    batches = _image_batches(samples, decode, batch_size, workers, processes)
     _live.add(batches)
     return batches
 
 
 def _image_batches(
-    samples: Sequence[Sample | None], decode: "_Decode", batch_size: int, workers: int, start: int, processes: bool
+    samples: Sequence[Sample | None], decode: "_Decode", batch_size: int, workers: int, processes: bool
 ) -> Generator[ImageBatch]:
     # Grouped before it is decoded: Grain deals out whole elements to its workers, so an element has to be a batch.
-    rows = [(i, s.image, s.mask, s.label) if s else None for i, s in enumerate(samples)]
-    groups = [rows[i : i + batch_size] for i in range(start * batch_size, len(rows), batch_size)]
+    rows = [(s.image, s.mask, s.label) if s else None for s in samples]
+    groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     if not groups:
         return
     grain = _grain()
@@ -151,28 +143,27 @@ class _DecodeBatch(NamedTuple):
     decode: _Decode
     batch_size: int
 
-    def __call__(self, group: list[tuple[int, Path, Path | None, int] | None]) -> ImageBatch:
+    def __call__(self, group: list[tuple[Path, Path | None, int] | None]) -> ImageBatch:
         b, s = self.batch_size, self.decode.image_size
         batch = ImageBatch(
             image=np.zeros((b, s, s, 3), np.float32),
             mask=np.zeros((b, s, s), np.float32),
             label=np.zeros(b, np.float32),
             weight=np.zeros(b, np.float32),
-            index=np.zeros(b, np.int32),
         )
         if self.decode.with_regions:
             batch["region"] = np.zeros((b, s, s), np.float32)
         for slot, row in enumerate(group):
             if row is None:
                 continue
-            index, image, mask, label = row
+            image, mask, label = row
             pixels, marks = self.decode(image, mask)
             batch["image"][slot] = pixels
             if marks is not None:
                 batch["mask"][slot] = marks
                 if "region" in batch:
                     batch["region"][slot] = region_shares(marks)
-            batch["label"][slot], batch["weight"][slot], batch["index"][slot] = label, 1, index
+            batch["label"][slot], batch["weight"][slot] = label, 1
         return batch
 
 
