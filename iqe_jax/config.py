@@ -120,17 +120,26 @@ class TrainConfig:
     """Epochs between two checkpoints that a stopped run resumes from; the last step is always saved."""
     features: Literal["auto", "memory", "disk"] = "auto"
     """Where frozen features are kept for training. Zero-shot: auto takes memory while they fit in `feature_memory_gb`,
-    else disk. Few-shot: in memory, and by auto and disk in $IQE_JAX_CACHE too, for the next run on the same images."""
+    else disk. Few-shot: in memory, and by auto and disk in $IQE_JAX_CACHE too, for the next run on the same images;
+    those of the images that `keep` chooses weights by are kept as zero-shot's are."""
     feature_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the kept features; bfloat16 halves their size. A model that computes in bfloat16 keeps them so."""
     feature_memory_gb: float = 8.0
-    """Largest size in GB of zero-shot's features kept in memory under `features` auto."""
+    """Largest size in GB of features of whole splits, zero-shot's and those that weights are chosen by, kept in memory
+    under `features` auto."""
     feature_disk_gb: float = 10.0
     """Largest size in GB of few-shot's features kept for later runs; those that were read longest ago make room."""
     accumulate: int = 1
-    """Parts that a batch is worked off in, one after the other, adding up their gradients: less memory, same step."""
+    """Micro-batches that a step takes its batch in, one after the other (gradient accumulation): less memory, same step
+    up to rounding, and with dropout other masks."""
     remat: bool = False
-    """Compute activations again on the way back and do not hold them: less memory, more work, same step."""
+    """Compute activations again in the backward pass and do not hold them (rematerialisation): less memory, more work,
+    same step."""
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Adam's learning rates, of all and of `prompt_temp`."""
+        return self.learning_rate, self.temperature_learning_rate
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ def run_evaluation(config: Config) -> dict[str, float]:
     to do, when data or weights are not there, or when a zero-shot run has not been trained.
     """
     runs, layout = list(seeds(config)), make_layout(config.mesh)
+    if len(runs) > 1 and config.model.adapter and not all(weights.begun(run.directory) for run in runs):
+        raise ValueError(
+            f"eval.seeds is {len(runs)}, but model.adapter gives the weights, which score the same with every seed; "
+            "leave one of the two out, or train these seeds from that adapter first: python train.py with the same "
+            "arguments"
+        )
     with Preemption() as preemption:
         found = [_evaluate(run, layout, preemption) for run in runs]
     if len(runs) == 1:

@@ -12,7 +12,7 @@ from rich.console import Console
 from iqe_jax import features, processes, training_data
 from iqe_jax.checkpoint import RunDirectory, other_than
 from iqe_jax.config import Config, to_json
-from iqe_jax.data.bmad import load_split
+from iqe_jax.data.bmad import Sample, load_split
 from iqe_jax.data.transforms import AUGMENTATIONS
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip, Params
@@ -37,7 +37,11 @@ def run_training(config: Config) -> Trained:
     """Train the run of `config` to its end, or load it where that was reached before; of several seeds the last."""
     layout = make_layout(config.mesh)
     with Preemption() as preemption:
-        *_, trained = (train_run(run, layout, preemption) for run in seeds(config))
+        first, *rest = seeds(config)
+        trained = train_run(first, layout, preemption)
+        for run in rest:
+            del trained  # its weights make room for the next run's
+            trained = train_run(run, layout, preemption)
         return trained
 
 
@@ -100,15 +104,15 @@ def dry_run(config: Config, *, scoring: bool = False) -> None:
     layout = make_layout(config.mesh)
     with processes.together("find what training needs"):
         run = RunDirectory(config)
-        if scoring:
-            load_split(config.data.root, config.data.dataset, "test")
+        scored = load_split(config.data.root, config.data.dataset, "test") if scoring else []
         plan = None if scoring and config.model.adapter and not run.begun else training_data.plan(config)
         model = describe(config.model)
     console.print("Compiling, which for a full-size model takes minutes")
-    programs = evaluation_footprints(model, config, layout)
+    programs = evaluation_footprints(model, config, layout, masks=not scored or _has_masks(scored))
     kept = None
     if plan is not None:
-        programs = [train_footprint(model, config, layout), *programs]
+        masks = any(map(_has_masks, plan.training.values()))
+        programs = [train_footprint(model, config, layout, masks=masks), *programs]
         kept = _kept_features(config, plan, model, layout)
     if processes.is_main():
         title = f"{config.name} on {layout.mesh.size} devices, {dict(layout.mesh.shape)}"
@@ -116,18 +120,23 @@ def dry_run(config: Config, *, scoring: bool = False) -> None:
 
 
 def _kept_features(config: Config, plan: training_data.Plan, model: IqeClip, layout: Layout) -> tuple[str, int]:
-    """Where the features of the training images are kept, in words, and their bytes."""
+    """Where the features of the images of training, and of choosing weights, are kept, in words, and their bytes."""
     repeated = 1 if config.zero_shot else AUGMENTATIONS
-    each = [features.size_in_bytes(model, samples * repeated, config) for samples in plan.training.values()]
-    size, kept = sum(each), config.train.features
+    size = sum(features.size_in_bytes(model, samples * repeated, config) for samples in plan.training.values())
+    chosen_by = sum(features.size_in_bytes(model, samples, config) for samples in plan.selection.values())
+    # Those of augmented images are always in memory; whole splits are where there is room.
+    splits, kept = chosen_by + (size if config.zero_shot else 0), config.train.features
     where = f"in the memory of each process{' and each device' if size <= layout.budget else ''}"
-    if not config.zero_shot:
-        where += "" if kept == "memory" else ", and once on disk for the next run"
-    elif kept == "disk":
-        where = "on disk"
-    elif kept == "auto" and size > config.train.feature_memory_gb * 1e9:
-        where = "on disk, as far as --train.feature-memory-gb is passed"
-    return where, size
+    if not config.zero_shot and kept != "memory":
+        where += ", and once on disk for the next run"
+    if splits and (kept == "disk" or (kept == "auto" and splits > config.train.feature_memory_gb * 1e9)):
+        what = "on disk" if kept == "disk" else "on disk, as far as --train.feature-memory-gb is passed"
+        where = what if config.zero_shot else f"{where}; those that weights are chosen by {what}"
+    return where, size + chosen_by
+
+
+def _has_masks(samples: list[Sample]) -> bool:
+    return any(sample.mask for sample in samples)
 
 
 def render(config: Config) -> None:

@@ -14,15 +14,20 @@ class OnDisk:
     """One array of features on disk, shard by shard; `array[index]` is the row of one image, read when it is used."""
 
     def __init__(self, shards: Sequence[Path], dtype: np.dtype):
-        """Map the files `shards`, which hold rows of `dtype`, all but the last equally many.
+        """Look at the files `shards`, which hold rows of `dtype`, all but the last equally many.
 
         Raises OSError, ValueError or EOFError where one is not there or damaged.
         """
-        self._maps = [np.load(path, mmap_mode="r").view(dtype) for path in shards]
-        self._rows = len(self._maps[0])
+        self._files = []
+        for path in shards:
+            rows = np.load(path, mmap_mode="r").view(dtype)
+            self._files.append((path, rows.shape, rows.offset))
+        self._rows, self._dtype = self._files[0][1][0], dtype
 
     def __getitem__(self, index: int | np.integer) -> np.ndarray:
-        return self._maps[index // self._rows][index % self._rows]
+        # Mapped for the one row: a map takes one of the files that a process may have open, and shards may be more.
+        path, shape, offset = self._files[index // self._rows]
+        return np.memmap(path, self._dtype, "r", offset, shape)[index % self._rows]
 
 
 def write(shard: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -40,11 +45,11 @@ def write(shard: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def is_whole(shard: Path, types: Mapping[str, np.dtype]) -> bool:
-    """Whether a shard is there with all its arrays, none of them cut short."""
+    """Whether a shard is there with all its arrays, none of them cut short. Raises OSError where it cannot be read."""
     try:
         for name, dtype in types.items():
             OnDisk([shard / f"{name}.npy"], dtype)
-    except (OSError, ValueError, EOFError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
         return False
     return True
 

@@ -7,7 +7,7 @@ whole by one process and read by all. They are found again only by the digest of
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,11 @@ class FeatureSet:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of the patch tokens, which are nearly all, where they are in memory; 0 where they are on disk."""
+        return self.patch_tokens.nbytes if isinstance(self.patch_tokens, np.ndarray) else 0
 
     def batch(self, indices: Int[np.ndarray, " batch"], weight: Float[np.ndarray, " batch"]) -> Batch:
         """The images at `indices` as one batch of NumPy arrays."""
@@ -136,16 +141,33 @@ def of_arrays(
 ) -> FeatureSet:
     """Features of images already in memory, kept in memory of every process; masks are binarised at > 0.5."""
     size, dtype = at_once(model, config, layout), kept_dtype(config)
-    found: list[Any] = []
-    for start in track(range(0, len(images), size), "Image tower"):
-        batch = images[start : start + size]
-        padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
-        with layout.active():
-            tokens, pooled = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
-        found.append(layout.gather((jnp.moveaxis(tokens, 0, 1).astype(dtype), pooled)))
-    patch_tokens, image_features = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        for start in track(range(0, len(images), size), "Image tower"):
+            batch = images[start : start + size]
+            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
+            with layout.active():
+                tokens, pooled = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
+            kept = {"patch_tokens": jnp.moveaxis(tokens, 0, 1).astype(dtype), "image_features": pooled}
+            yield layout.gather(kept)
+
+    arrays = _joined(batches(), len(images))
     binary = None if masks is None else (masks > 0.5).astype(np.uint8)
-    return FeatureSet(patch_tokens, image_features, binary, labels.astype(np.float32))
+    return FeatureSet(arrays["patch_tokens"], arrays["image_features"], binary, labels.astype(np.float32))
+
+
+def _joined(batches: Iterable[Mapping[str, Any]], count: int) -> Arrays:
+    """The first `count` rows of batches that come one after the other, of which no more than one is held besides."""
+    whole: Arrays = {}
+    first = 0
+    for batch in batches:
+        for name, rows in batch.items():
+            if name not in whole:
+                whole[name] = np.empty((count, *rows.shape[1:]), rows.dtype)
+            into = whole[name][first : first + len(rows)]
+            into[:] = rows[: len(into)]
+        first += len(batch["image_features"])
+    return whole
 
 
 def at_once(model: IqeClip, config: Config, layout: Layout) -> int:
@@ -192,11 +214,13 @@ def of_samples(
     size = at_once(model, config, layout)
     batches = stream(model, frozen, samples, size, config.data, layout)
     total = -(-len(samples) // size)
-    found = []
-    for batch in track(batches, f"Image tower, {title}", total=total):
-        check()
-        found.append(layout.gather(_arrays(batch, kept_dtype(config))))
-    arrays = {name: np.concatenate([part[name] for part in found])[: len(samples)] for name in found[0]}
+
+    def gathered() -> Iterator[Mapping[str, Any]]:
+        for batch in track(batches, f"Image tower, {title}", total=total):
+            check()
+            yield layout.gather(_arrays(batch, kept_dtype(config)))
+
+    arrays = _joined(gathered(), len(samples))
     return FeatureSet(arrays["patch_tokens"], arrays["image_features"], arrays.get("masks"), labels)
 
 
@@ -233,7 +257,9 @@ def _on_disk(
     types = {"patch_tokens": kept_dtype(config), "image_features": np.dtype(np.float32)}
     if any(sample.mask for sample in samples):
         types["masks"] = np.dtype(np.uint8)
-    there = processes.everywhere(np.array([is_whole(shard, types) for shard in shards]))
+    with processes.together(f"look for the features of {title}"):
+        whole = [is_whole(shard, types) for shard in shards]
+    there = processes.everywhere(np.array(whole))
     missing = [shard for shard, done in zip(shards, there, strict=True) if not done]
     if missing:
         with processes.together(f"keep the features of {title}"):
@@ -251,8 +277,9 @@ def _on_disk(
                 f"{lost[0]} is not there, though another process wrote it: $IQE_JAX_CACHE must be a folder that all "
                 "processes share, or use --train.features memory"
             )
+        image_features = np.concatenate([np.load(shard / "image_features.npy") for shard in shards])
+        del types["image_features"]
         found = {name: OnDisk([shard / f"{name}.npy" for shard in shards], dtype) for name, dtype in types.items()}
-    image_features = np.stack([found["image_features"][i] for i in range(len(samples))])
     return FeatureSet(found["patch_tokens"], image_features, found.get("masks"), labels)
 
 

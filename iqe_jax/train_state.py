@@ -124,11 +124,10 @@ def create(
 
     What is drawn depends on `config.seed`, never on the mesh. Raises ValueError where the mesh does not fit the model.
     """
-    rates = (config.learning_rate, config.temperature_learning_rate)
-    shardings = state_shardings(model, rates, layout)
+    shardings = state_shardings(model, config.rates, layout)
     needed = {} if model.config.start == "random" else frozen
     with layout.active():
-        state = _create(model, rates, jnp.uint32(config.seed), needed, layout)
+        state = _create(model, config.rates, jnp.uint32(config.seed), needed, layout)
     if trainable is not None:
         state = state.replace(trainable=layout.put(trainable, shardings.trainable))
     return state
@@ -226,8 +225,7 @@ def compile_ahead(
 
 def step_settings(model: IqeClip, config: TrainConfig, dropout: float, layout: Layout) -> dict[str, Any]:
     """The static arguments of `step_program`: what shapes the program and no more, so seeds and lengths share one."""
-    rates = (config.learning_rate, config.temperature_learning_rate)
-    how = {"rates": rates, "accumulate": config.accumulate, "remat": config.remat}
+    how = {"rates": config.rates, "accumulate": config.accumulate, "remat": config.remat}
     return {"model": model, "dropout": dropout, "layout": layout, **how}
 
 

@@ -55,8 +55,7 @@ class Trainer:
         self.order = self.plan.order(self.config)
         settings = self.config.train
         self.total = settings.steps or settings.epochs * self.order.steps_per_epoch
-        rates = (settings.learning_rate, settings.temperature_learning_rate)
-        self._shapes = shapes_laid_out(self.model, rates, self.layout)
+        self._shapes = shapes_laid_out(self.model, settings.rates, self.layout)
 
     @cached_property
     def trained_on(self) -> dict[str, str]:
@@ -101,7 +100,7 @@ class Trainer:
         if step < self.total:
             check = self.preemption.check
             sets = training_data.load(self.config, self.plan, self.model, self.frozen, self.layout, check)
-            selection = self._selection_features()
+            selection = self._selection_features(sets)
             if compiled is not None:
                 compiled.wait()
             state = self._loop(state, checkpoints, sets, selection)
@@ -135,14 +134,15 @@ class Trainer:
             kept = self.run.load(self.model, rule)
         return self.layout.put(kept, jax.tree.map(lambda x: x.sharding, self._shapes.trainable))
 
-    def _selection_features(self) -> dict[str, FeatureSet]:
+    def _selection_features(self, sets: list[FeatureSet]) -> dict[str, FeatureSet]:
         """Features of the images that weights are chosen by, by rule; kept, as they are scored again and again."""
         budget, kept = self.config.train.feature_memory_gb * 1e9, {}
+        if self.config.zero_shot:  # else those of training are in memory whatever they take
+            budget -= sum(images.in_memory for images in sets)
         for rule, samples in self.plan.selection.items():
             settings = {"title": rule, "budget": budget, "check": self.preemption.check}
             kept[rule] = features.of_samples(self.model, self.frozen, samples, self.config, self.layout, **settings)
-            if isinstance(kept[rule].patch_tokens, np.ndarray):
-                budget -= kept[rule].patch_tokens.nbytes
+            budget -= kept[rule].in_memory
         return kept
 
     def _loop(

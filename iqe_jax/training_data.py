@@ -164,8 +164,7 @@ def load(
     sets, budget = [], config.train.feature_memory_gb * 1e9
     for name, samples in plan.training.items():
         kept = features.of_samples(model, frozen, samples, config, layout, title=name, budget=budget, check=check)
-        if isinstance(kept.patch_tokens, np.ndarray):
-            budget -= kept.patch_tokens.nbytes
+        budget -= kept.in_memory
         sets.append(kept)
     return sets
 
@@ -258,17 +257,16 @@ def batch_at(
     sets: Sequence[FeatureSet],
     order: FewShotBatches | LeaveOneOutBatches,
     step: int,
-    rows: Int[np.ndarray, " rows"] | None = None,
+    rows: Int[np.ndarray, " rows"],
 ) -> Batch:
-    """The batch that optimiser step `step` (from 0) trains on, or `rows` of it; rows past its end have weight 0."""
+    """The `rows` of the batch that optimiser step `step` (from 0) trains on; rows past its end have weight 0."""
     chosen = _chosen(order, step, rows)
     return sets[chosen.set_index].batch(chosen.indices, chosen.weight)
 
 
-def _chosen(order: FewShotBatches | LeaveOneOutBatches, step: int, rows: Int[np.ndarray, " rows"] | None) -> IndexBatch:
+def _chosen(order: FewShotBatches | LeaveOneOutBatches, step: int, rows: Int[np.ndarray, " rows"]) -> IndexBatch:
     """What `rows` of the batch of step `step` are; those past its end are its first image, with weight 0."""
     chosen = order[step]
-    rows = np.arange(len(chosen.indices)) if rows is None else rows
     there = rows < len(chosen.indices)
     rows = np.where(there, rows, 0)
     return IndexBatch(chosen.set_index, chosen.indices[rows], chosen.weight[rows] * there.astype(np.float32))

@@ -2,10 +2,13 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import time
+import tracemalloc
+import weakref
 from pathlib import Path
 
 import jax
@@ -22,7 +25,9 @@ from iqe_jax import (
     config,
     evaluation,
     experiment,
+    feature_files,
     features,
+    pixel_metrics,
     sharding,
     train_state,
     trainer,
@@ -504,6 +509,63 @@ def test_where_features_are_kept_changes_no_number(zero_shot, tmp_path):
     assert losses(tmp_path / "memory") == losses(tmp_path / "disk") == losses(tmp_path / "auto")
 
 
+def test_weights_are_chosen_by_features_that_fit_beside_those_of_training(zero_shot, tmp_path, monkeypatch):
+    budgets, sizes, real = {}, {}, features.of_samples
+
+    def of_samples(*args, title, budget, **kwargs):
+        budgets[title] = budget
+        kept = real(*args, title=title, budget=budget, **kwargs)
+        sizes[title] = kept.in_memory
+        return kept
+
+    monkeypatch.setattr(features, "of_samples", of_samples)
+    experiment.run_training(at(zero_shot, tmp_path, keep="paper", steps=1, feature_memory_gb=0.01))
+    assert list(budgets) == ["liver", "chest", "paper"] and all(sizes.values())
+    assert budgets["paper"] == pytest.approx(1e7 - sizes["liver"] - sizes["chest"])
+
+
+def test_features_are_held_once_while_they_are_gathered():
+    def batches():
+        for number in range(8):
+            yield {"image_features": np.full((16, 1000), number, np.float32)}
+
+    tracemalloc.start()
+    try:
+        found = features._joined(batches(), 125)["image_features"]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found[:, 0], np.repeat(np.arange(8), 16)[:125])
+    assert peak < found.nbytes + 3 * 16 * 1000 * 4
+
+
+def test_features_on_disk_hold_no_file_open(tmp_path):
+    def opened():
+        return sum(1 for _ in Path("/dev/fd").iterdir())
+
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for number in range(20):
+        feature_files.write(tmp_path / str(number), {"tokens": rows + number})
+    before = opened()
+    shards = [tmp_path / str(number) / "tokens.npy" for number in range(20)]
+    array = feature_files.OnDisk(shards, np.dtype(np.float32))
+    np.testing.assert_array_equal(np.stack([array[i] for i in range(40)])[[0, 1, 39]], [rows[0], rows[1], rows[1] + 19])
+    assert opened() == before
+
+
+def test_features_that_may_not_be_read_are_no_damaged_ones(tmp_path, monkeypatch):
+    feature_files.write(tmp_path / "0", {"tokens": np.zeros((2, 3), np.float32)})
+    types = {"tokens": np.dtype(np.float32)}
+    assert feature_files.is_whole(tmp_path / "0", types) and not feature_files.is_whole(tmp_path / "1", types)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        feature_files.is_whole(tmp_path / "0", types)
+
+
 def test_bfloat16_features_are_close(zero_shot, tmp_path):
     for place in ("memory", "disk"):
         recipe = at(zero_shot, tmp_path / place, features=place, feature_dtype="bfloat16", steps=4)
@@ -730,9 +792,21 @@ def test_a_dry_run_prints_bytes_and_leaves_nothing(few_shot, tmp_path, capsys):
     # 88 augmented images of 2 levels, 25 patches, width 128; an embedding of 64; and a mask
     assert f"{88 * (2 * 25 * 128 * 4 + 64 * 4 + 40 * 40) / 1e6:.1f} MB" in shown
     assert "in the memory of each process, and once on disk for the next run" in shown
+    train_script.main(arguments(few_shot, tmp_path / "run", "--dry-run", "--train.keep", "paper"))
+    kept = (88 + len(load_split(few_shot.data.root, "brain", "test"))) * (2 * 25 * 128 * 4 + 64 * 4 + 40 * 40)
+    assert f"{kept / 1e6:.1f} MB" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit, match="no data folder at nowhere"):
         train_script.main(arguments(few_shot, tmp_path / "run", "--dry-run", "--data.root", "nowhere"))
+
+
+def test_a_dry_run_compiles_the_step_that_the_run_takes(few_shot, tmp_path, monkeypatch):
+    asked, real = [], experiment.train_footprint
+    monkeypatch.setattr(experiment, "train_footprint", lambda *a, **k: asked.append(k["masks"]) or real(*a, **k))
+    for dataset in ("chest", "brain"):
+        data = dataclasses.replace(few_shot.data, dataset=dataset)
+        experiment.dry_run(dataclasses.replace(at(few_shot, tmp_path), data=data))
+    assert asked == [False, True]
 
 
 def test_a_dry_run_of_a_given_adapter_asks_for_no_training_sets(few_shot, tiny_root, tmp_path, capsys):
@@ -755,6 +829,24 @@ def test_an_official_checkpoint_is_scored_without_training(few_shot, golden_file
     pixels = {f"pixel_{name}" for name in ("auroc", "ap", "f1_max", "aupro")}
     assert set(metrics) == {*IMAGE_METRICS, *pixels, *(f"{name}_error" for name in pixels)}
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_given_adapter_has_no_seeds_to_compare(few_shot, golden_files, tmp_path):
+    model = dataclasses.replace(few_shot.model, adapter=str(golden_files[1]))
+    recipe = dataclasses.replace(few_shot, model=model, eval=dataclasses.replace(few_shot.eval, seeds=3))
+    with pytest.raises(ValueError, match=r"eval.seeds is 3, but model.adapter gives the weights"):
+        evaluation.run_evaluation(at(recipe, tmp_path))
+
+
+def test_counters_of_pixels_are_widened_in_time(few_shot, golden_files, golden_settings, tmp_path, monkeypatch):
+    model = config.ModelConfig(**golden_settings, adapter=str(golden_files[1]))
+    recipe = dataclasses.replace(few_shot, model=model, eval=dataclasses.replace(few_shot.eval, batch_size=4))
+    before = evaluation.run_evaluation(at(recipe, tmp_path / "before"))
+    widened, real = [], pixel_metrics.widened
+    monkeypatch.setattr(pixel_metrics, "widened", lambda counts: widened.append(counts) or real(counts))
+    monkeypatch.setattr(pixel_metrics, "MOST", 5 * 40 * 40)
+    assert evaluation.run_evaluation(at(recipe, tmp_path / "after")) == before
+    assert len(widened) == 1
 
 
 def test_training_starts_from_a_given_adapter(few_shot, golden_files, golden_settings, tmp_path):
@@ -976,6 +1068,21 @@ def test_an_evaluation_has_intervals_and_every_reduction(trained):
     assert list(rows[0])[:7] == [*("image", "label", "score", "score_official", "score_mean", "score_max", "score_top")]
     assert all(row["score"] == row["score_official"] for row in rows)
     assert all(float(r["score_mean"]) <= float(r["score_top"]) <= float(r["score_max"]) for r in rows)
+
+
+def test_no_run_holds_the_weights_of_those_before_it(few_shot, tmp_path, monkeypatch):
+    held = []
+
+    def train_run(config, layout, preemption):
+        assert all(trained() is None for trained in held)
+        trained = experiment.Trained(None, {}, {})  # pyright: ignore[reportArgumentType]
+        held.append(weakref.ref(trained))
+        return trained
+
+    monkeypatch.setattr(experiment, "train_run", train_run)
+    asked = dataclasses.replace(few_shot.eval, seeds=3)
+    assert experiment.run_training(dataclasses.replace(at(few_shot, tmp_path), eval=asked)) is held[-1]()
+    assert len(held) == 3
 
 
 def test_several_seeds_have_a_directory_each_and_a_summary(few_shot, tmp_path, capsys):
