@@ -149,5 +149,5 @@ def _secondary_capture(
         made.SourceImageSequence = [reference]
     made.file_meta = FileMetaDataset()
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    made.set_pixel_data(shown, "RGB", 8)
+    made.set_pixel_data(shown, "RGB", 8, generate_instance_uid=False)
     return made

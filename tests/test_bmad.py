@@ -156,9 +156,10 @@ def test_several_sets_in_one_folder(tmp_path):
 
 
 def test_root_of_another_set_is_not_taken(tmp_path):
-    make_set(tmp_path / "Liver_AD")
-    with pytest.raises(ValueError, match=r"'brain' was asked for, but .*Liver_AD is the folder of 'liver'"):
-        load_split(tmp_path / "Liver_AD", "brain", "test")
+    for folder in ("Liver_AD", "LIVER-AD"):
+        make_set(tmp_path / folder)
+        with pytest.raises(ValueError, match=rf"'brain' was asked for, but .*{folder} is the folder of 'liver'"):
+            load_split(tmp_path / folder, "brain", "test")
 
 
 def test_suffixes_hidden_files_and_strange_names(tmp_path):

@@ -87,12 +87,12 @@ def test_reliability_is_of_images_that_were_not_fitted():
 
 
 def test_another_prevalence_follows_bayes():
-    scores, labels = pool(60, 60)
+    scores, labels = pool(60, 20)
     fitted = calibration.fit(scores, labels)
-    assert fitted.prevalence == 0.5
+    assert fitted.prevalence == 0.25
     plain, rare = fitted.probability(scores), fitted.probability(scores, prevalence=0.02)
-    np.testing.assert_allclose(rare / (1 - rare), plain / (1 - plain) * 0.02 / 0.98)
-    np.testing.assert_allclose(fitted.probability(scores, prevalence=0.5), plain)
+    np.testing.assert_allclose(rare / (1 - rare), plain / (1 - plain) * (0.02 / 0.98) / (0.25 / 0.75))
+    np.testing.assert_allclose(fitted.probability(scores, prevalence=0.25), plain)
     with pytest.raises(ValueError, match="prevalence is 1"):
         fitted.probability(scores, prevalence=1)
 
@@ -157,6 +157,8 @@ def test_it_is_kept_with_the_run_as_plain_json(tmp_path, capsys):
     assert again.target == {"sensitivity": 0.9}
     assert again.threshold < kept.threshold
     assert again.curve == kept.curve
+    calibration.main(["--run", str(tmp_path), "--specificity", "0.8"])
+    assert calibration.load(tmp_path).target == {"specificity": 0.8}
 
 
 def test_other_weights_and_damage_are_said(tmp_path):
@@ -176,3 +178,13 @@ def test_other_weights_and_damage_are_said(tmp_path):
 def test_the_command_line_says_what_is_missing(tmp_path):
     with pytest.raises(SystemExit, match=r"has no calibration\.json: run evaluate\.py"):
         calibration.main(["--run", str(tmp_path)])
+
+
+def test_the_calibration_error_is_by_how_far_each_bin_is_off():
+    """Bins that are off in both directions do not make up for one another."""
+    draw = np.random.default_rng(0)
+    scores, labels = np.repeat([0.0, 1.0, 2.0, 3.0], 50), np.repeat([0.0, 1.0, 0.0, 1.0], 50)
+    reliability = calibration.fit(scores + 1e-3 * draw.random(200), labels).reliability
+    off = [b["images"] * abs(b["probability"] - b["anomalous"]) for b in reliability["bins"]]
+    assert reliability["ece"] == pytest.approx(sum(off) / 200)
+    assert reliability["ece"] > 0.25

@@ -106,6 +106,7 @@ def test_what_a_comparison_says(runs, metric):
     assert back.difference == pytest.approx(-there.difference)
     np.testing.assert_allclose(back.difference_interval, -np.array(there.difference_interval)[::-1], atol=1e-12)
     assert compare.compare(runs, metric, resamples=300) == found
+    assert (compare.compare(runs, metric, resamples=300, seed=1) == found) == (metric == "image_auroc")
 
 
 @pytest.mark.parametrize("metric", ["image_auroc", "image_ap"])
@@ -196,3 +197,8 @@ def test_other_bad_input_is_refused(tmp_path, runs, capsys):
     assert "metrics.json is not what evaluate.py writes" in refused(runs[:2], capsys)
     (runs[1] / "metrics.json").unlink()
     assert "how the weights of that run were chosen" in refused(runs[:2], capsys)
+
+
+def test_a_bootstrap_never_says_that_chance_is_impossible():
+    assert compare._bootstrap_p(np.full(99, 0.1)) == compare._bootstrap_p(np.full(99, -0.1)) == 2 / 100
+    assert compare._bootstrap_p(np.zeros(99)) == 1

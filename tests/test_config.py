@@ -138,6 +138,29 @@ def test_a_wrong_value_gets_one_line(arguments, message):
     assert "\n" not in str(stop.value)
 
 
+ABOVE_0 = ["model.image_size", "model.prompt_len", "model.prompt_depth", "model.iqm_layers", "model.iqm_heads"]
+ABOVE_0 += ["model.iqm_width", "train.epochs", "train.steps", "train.batch_size", "train.learning_rate"]
+ABOVE_0 += ["train.eval_every", "train.checkpoint_every", "train.accumulate", "eval.batch_size", "eval.seeds"]
+ABOVE_0 += ["mesh.fsdp", "mesh.tensor", "mesh.data"]
+FROM_0 = ["model.learnable_tokens", "model.sigma", "data.shots", "data.workers", "data.support_row", "train.seed"]
+FROM_0 += ["train.temperature_learning_rate", "train.feature_memory_gb", "train.feature_disk_gb", "train.dropout"]
+FROM_0 += ["train.dropout_epochs", "eval.heatmaps", "model.fusion_weight"]
+
+
+@pytest.mark.parametrize(("name", "value"), [*((n, 0) for n in ABOVE_0), *((n, -1) for n in FROM_0)])
+def test_no_number_may_be_too_small(name, value):
+    section, field = name.split(".")
+    recipe = config.load("brain_fewshot")
+    changed = dataclasses.replace(getattr(recipe, section), **{field: value})
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        config.check(dataclasses.replace(recipe, **{section: changed}))
+
+
+def test_parts_of_a_batch_are_equal():
+    with pytest.raises(SystemExit, match=r"train\.accumulate is 3; it must divide train.batch_size 16"):
+        parse("--config", "brain_fewshot", "--train.accumulate", "3")
+
+
 @pytest.mark.parametrize("arguments", [("--train.stepz", "1"), ("--train.steps", "many"), ("--train.keep", "best")])
 def test_unknown_fields_and_types_are_named(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -155,6 +178,10 @@ def test_a_config_file_with_an_unknown_field_is_refused():
 def test_tracebacks_are_for_those_who_ask(monkeypatch):
     with pytest.raises(SystemExit, match=r"train\.py: no weights"), cli.user_errors("train.py"):
         raise FileNotFoundError("no weights")
+    with pytest.raises(SystemExit, match=r"train\.py: the loss is nan"), cli.user_errors("train.py"):
+        raise FloatingPointError("the loss is nan")
+    with pytest.raises(SystemExit, match="the same command goes on"), cli.user_errors("train.py"):
+        raise KeyboardInterrupt
     monkeypatch.setenv("IQE_JAX_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError), cli.user_errors("train.py"):
         raise FileNotFoundError("no weights")

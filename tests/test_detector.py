@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import iqe_jax
+from iqe_jax import config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), np.uint8)
 
@@ -96,6 +97,7 @@ def test_sizes_are_read_from_our_own_files_too(golden_files, expected, tmp_path)
         (np.zeros((0, 40, 40, 3), np.uint8), "no images were given"),
         (np.zeros((40, 40), np.uint8), "image 0 has shape"),
         (np.zeros((2, 40, 40, 1), np.uint8), r"image 0 has shape \(40, 40, 1\); expected \(height, width, 3\)"),
+        (np.zeros((0, 40, 3), np.uint8), r"image 0 has shape \(0, 40, 3\)"),
         (np.zeros((40, 40, 3), np.int32), "image 0 has type int32"),
         (np.full((40, 40, 3), np.nan), "values from nan to nan; expected finite"),
         (np.full((40, 40, 3), 255.0), r"values from 255.0 to 255.0; expected finite ones in \[0, 1\]"),
@@ -123,6 +125,9 @@ def test_what_load_needs(golden_files, tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'levelz'"):
         iqe_jax.load(clip=golden_files[0], adapter=golden_files[1], iqm_heads=4, levelz=(1,))
     with pytest.raises(FileNotFoundError, match="is no run directory"):
+        iqe_jax.load(tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json(config.Config()))
+    with pytest.raises(FileNotFoundError, match=r"has no trained adapter yet: run train\.py"):
         iqe_jax.load(tmp_path)
     with pytest.raises(
         ValueError, match=r"wrong shape: dense/kernel is \(4, 128, 64\), the config makes it \(2, 128, 64\)"

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import iqe_jax
-from iqe_jax import calibration, export
+from iqe_jax import calibration, export, report
 from iqe_jax.config import Config, DataConfig, ModelConfig
+from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.transforms import load_image
 from iqe_jax.detector import Detector
 from iqe_jax.weights import save_adapter
@@ -175,6 +176,18 @@ def test_the_mark_of_test_data_comes_from_the_weights_too(tmp_path, golden_setti
         save_adapter(golden_model[2], path, chosen_on=chosen_on)
         given = export.chosen(run, Config(model=ModelConfig(adapter=str(path))))
         assert given["chosen_on_test_data"] == (chosen_on is not None) == ("TEST SET" in given["chosen"])
+
+
+def test_phantoms_and_the_range_of_a_zero_shot_score_are_told(golden_model, tmp_path):
+    weights = {"chosen": "c", "chosen_on_test_data": False}
+    detector = Detector(*golden_model, zero_shot=True)
+    recipe = Config(data=DataConfig(root=tmp_path, shots=0))
+    about = export.describe(recipe, detector, weights, None)
+    assert about["note"] is None and about["score"]["definition"].endswith("in [0, 8]")  # four levels, two branches
+    (tmp_path / MARK).touch()
+    about = export.describe(recipe, detector, weights, None)
+    assert about["note"] == report.PHANTOMS
+    assert report.PHANTOMS in export.model_card({**about, "parameters": 1})
 
 
 def test_every_kind_of_score_is_defined(golden_model):

@@ -64,6 +64,7 @@ def test_time_of_an_exchange():
 
     assert seconds("all-reduce", 4) == pytest.approx(12)
     assert seconds("all-gather", 4) == seconds("reduce-scatter", 4) == pytest.approx(6)
+    assert seconds("collective-permute", 2) == pytest.approx(8)
     assert seconds("all-reduce", 1) == 0
 
 
@@ -76,6 +77,10 @@ def test_prediction_is_compute_plus_exchange():
     row = predicted_row(found, found, chip, 4, {"data": 4}, passes=6)
     assert (row.compute, row.communication, row.memory) == (6, 12, 32)
     assert row.efficiency == pytest.approx(6 / 18) and row.images_per_second == pytest.approx(64 / 18)
+    # One chip does its own 16 images in 3 s, or in 1.5 s where memory is free: four do 64 in 18 s.
+    one = [Footprint("train step", 1, 16, parts, 20, 8, 8, 7, 0, 0, 25.0, 30.0, (), 1.0)]
+    row = predicted_row(found, one, chip, 4, {"data": 4}, passes=6)
+    assert row.efficiency == pytest.approx(3 / 18) and row.efficiency_flops == pytest.approx(1.5 / 18)
 
 
 def test_sizes_are_readable():
@@ -187,6 +192,8 @@ def test_measuring_says_what_it_is(tmp_path):
     content = json.loads((tmp_path / "scaling.json").read_text())
     assert content["kind"] == "measured" and content["title"].startswith("MEASURED on cpu")
     assert [row["chips"] for row in content["rows"]] == [1, 2] and [row["batch"] for row in content["rows"]] == [2, 4]
+    first, second = (row["images_per_second"] / row["chips"] for row in content["rows"])
+    assert [row["efficiency"] for row in content["rows"]] == pytest.approx([1, second / first])
     for row in content["rows"]:
         assert row["seconds"] > 0 and math.isclose(row["images_per_second"], row["batch"] / row["seconds"])
     assert (tmp_path / "scaling.md").read_text().startswith("**MEASURED on cpu")

@@ -81,6 +81,7 @@ def test_too_few_images_get_figures_but_no_interval():
     scores, labels = np.arange(10.0), np.array([0] * 6 + [1] * 4)
     assert image_metrics(scores, labels)["image_auroc"] == 1
     assert set(bootstrap(scores, labels).values()) == {None}
+    assert None not in bootstrap(scores, np.array([0] * 5 + [1] * 5)).values()
 
 
 def test_seeds_make_a_mean_with_students_interval():
@@ -88,6 +89,7 @@ def test_seeds_make_a_mean_with_students_interval():
     assert mean == pytest.approx(0.8)
     half = 4.302653 * 0.1 / np.sqrt(3)
     assert (low, high) == (pytest.approx(0.8 - half), 1.0)  # cut where figures end
+    assert over_seeds([0.1, 0.2, 0.3])[1] == (0.0, pytest.approx(0.2 + half))
     assert over_seeds([0.7]) == (0.7, None)
     mean, interval = over_seeds([0.7, float("nan")])
     assert np.isnan(mean)

@@ -56,6 +56,7 @@ def test_layout_is_that_of_the_real_set(root, name):
 
 def test_nothing_is_left_beside_the_sets(root):
     assert {path.name for path in root.iterdir()} == {MARK} | {kind.folder for kind in SETS.values()}
+    assert {(root / kind.folder).stat().st_mode & 0o777 for kind in SETS.values()} == {0o755}  # others may read them
 
 
 @pytest.mark.parametrize("name", ["brain", "liver", "resc"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from PIL import Image
 
 from iqe_jax.data.bmad import Sample
-from iqe_jax.data.pipeline import FewShotBatches, LeaveOneOutBatches, image_batches
-from iqe_jax.data.transforms import load_image, load_mask
+from iqe_jax.data.pipeline import FewShotBatches, LeaveOneOutBatches, image_batches, results_ahead
+from iqe_jax.data.transforms import load_image, load_mask, region_shares
 
 
 def make_samples(folder: Path, count: int = 7) -> list[Sample]:
@@ -61,6 +62,16 @@ def test_counts_round_and_not(tmp_path, count):
     check(list(image_batches(samples, 16, 4, workers=2, with_masks=True)), samples)
 
 
+def test_regions_are_shares_of_each_images_own(tmp_path):
+    samples = make_samples(tmp_path, 6)
+    batches = list(image_batches(samples, 16, 4, workers=0, with_masks=True, with_regions=True))
+    found = np.concatenate([batch["region"] for batch in batches])
+    for sample, shares in zip(samples, found, strict=False):
+        expected = region_shares(load_mask(sample.mask, 16)) if sample.mask else np.zeros((16, 16))
+        np.testing.assert_array_equal(shares, expected)
+    assert not found[6:].any()
+
+
 def test_worker_processes(tmp_path):
     samples = make_samples(tmp_path, 11)
     check(list(image_batches(samples, 16, 4, workers=2, with_masks=True, processes=True)), samples)
@@ -101,6 +112,27 @@ def test_arguments_are_checked_at_once(name, value):
     arguments: dict = {"image_size": 16, "batch_size": 4, "workers": 0, "with_masks": True, name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         image_batches([], **arguments)
+
+
+def test_results_ahead_are_no_more_than_there_is_room_for():
+    class Pool:
+        """Counts what was begun and not yet taken."""
+
+        held = most = 0
+
+        def submit(self, job):
+            self.held += 1
+            self.most = max(self.most, self.held)
+            future = Future()
+            future.set_result(job())
+            return future
+
+    for depth, room, most in ((5, 25, 3), (5, 1000, 6), (2, 25, 3), (5, 1, 2)):
+        pool, found = Pool(), []
+        for result in results_ahead(pool, ((10, lambda i=i: i) for i in range(9)), depth, room):
+            pool.held -= 1
+            found.append(result)
+        assert found == list(range(9)) and pool.most == most
 
 
 @pytest.mark.parametrize("processes", [False, True])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -206,3 +207,26 @@ def test_grey_masks_are_anomalous_above_one_half():
     found = pixel_metrics.histogram(pixel_metrics.count(counts, values, masks, ones, regions))
     np.testing.assert_array_equal(found.normal, [1, 1, 1, 0])
     np.testing.assert_array_equal(found.anomalous, [0, 0, 0, 1])
+
+
+def test_bounds_hold_whatever_the_order_inside_a_bin():
+    """One bin of 13 normal and 185 anomalous pixels: the anomalous ones may all come first, or all come last."""
+    found = pixel_metrics.Histogram(np.array([13.0]), np.array([185.0]), np.array([1.0]), np.array([False]))
+    above, below = np.arange(1, 186) / np.arange(1, 186), np.arange(1, 186) / np.arange(14, 199)
+    possible = {"auroc": (1, 0), "ap": (above.mean(), below.mean()), "aupro": (1, 0)}
+    for name, value in pixel_metrics.pixel_metrics(found, possible).items():
+        if not name.endswith("_error"):
+            error = pixel_metrics.pixel_metrics(found)[f"{name}_error"]
+            assert all(abs(value - true) <= error + 1e-12 for true in possible[name.removeprefix("pixel_")]), name
+
+
+def test_parts_of_several_devices_add_up_past_what_one_may_count():
+    values = np.array([[[0.1, 0.9]]], np.float32)
+    scale = pixel_metrics.start(values, np.ones(1, np.float32), regions=False).scale
+    pixels = np.zeros((2, 2, pixel_metrics.BINS), np.uint32)
+    pixels[:, 0, int(pixel_metrics._place(jnp.float32(0.1), scale))] = 3 * 2**30
+    lies = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec())
+    with jax.enable_x64(True):
+        seen, placed = jax.device_put((np.full(2, 3 * 2**30), pixels), lies)
+    counts = pixel_metrics.PixelCounts(scale, seen, placed, None)
+    assert pixel_metrics.histogram(counts).normal.tolist() == [6 * 2**30]

@@ -1,6 +1,7 @@
 """From a folder of one's own to decisions: training on it, predicting scans of every kind, being killed, going on."""
 
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -21,11 +22,12 @@ import evaluate as evaluate_script
 import iqe_jax
 import predict as predict_script
 import train as train_script
-from iqe_jax import calibration, scan_maps
+from iqe_jax import calibration, config, prediction, scan_maps
 from iqe_jax.checkpoint import alone_in
 from iqe_jax.data.phantoms import CLIP_DIR
 from iqe_jax.data.scans import open_scan
-from iqe_jax.ledger import find, itemise
+from iqe_jax.detector import Detector, Prediction
+from iqe_jax.ledger import Ledger, find, itemise
 from iqe_jax.prediction import Options
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -273,6 +275,76 @@ def test_a_secondary_capture_belongs_to_the_study(scans, predicted):
     assert made[0].SOPInstanceUID != made[1].SOPInstanceUID
 
 
+def test_a_map_says_nothing_of_its_volumes_patient(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+    for field in ("db_name", "aux_file", "intent_name", "descrip"):
+        image.header[field] = b"SECRET"
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"SECRET^NAME"))
+    nibabel.save(image, tmp_path / "scan.nii")
+    scan = open_scan(tmp_path / "scan.nii")
+    scan_maps.write_volume(tmp_path / "map.nii", scan, np.zeros((6, *scan.size), np.uint16))
+    assert b"SECRET" in (tmp_path / "scan.nii").read_bytes()
+    assert b"SECRET" not in (tmp_path / "map.nii").read_bytes()
+
+
+def test_redacted_objects_lead_to_no_study(tmp_path):
+    scan = open_scan(DICOM / "CT_small.dcm")
+    shown, made = np.zeros((128, 128, 3), np.uint8), {}
+    for name, redact, nonce in (("plain", False, "x"), ("again", False, "y"), ("one", True, "x"), ("other", True, "y")):
+        path = tmp_path / f"{name}.dcm"
+        scan_maps.write_secondary_capture(path, scan, 0, shown, 0.5, scan_maps.Origin("weights", redact, nonce))
+        made[name] = pydicom.dcmread(path)
+        of_source = [scan.header[keyword].value for keyword in ("PatientID", "StudyInstanceUID", "SOPInstanceUID")]
+        assert all((value.encode() in path.read_bytes()) != redact for value in of_source)
+    uids = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+    assert all(made["plain"][uid].value == made["again"][uid].value for uid in uids)  # the same map, the same object
+    # No UID that could be made again from the source's, to find out whose it is.
+    assert all(made["one"][uid].value != made["other"][uid].value for uid in uids)
+
+
+def test_a_source_may_have_no_number(tmp_path):
+    scan = open_scan(DICOM / "CT_small.dcm")
+    del scan.header.InstanceNumber
+    origin = scan_maps.Origin("weights", False, "x")
+    scan_maps.write_secondary_capture(tmp_path / "a.dcm", scan, 2, np.zeros((8, 8, 3), np.uint8), 0.5, origin)
+    assert pydicom.dcmread(tmp_path / "a.dcm").InstanceNumber == 3
+
+
+def test_results_of_other_settings_are_told_apart(run, tmp_path):
+    options = Options(("a.png",), run, tmp_path)
+    changes = {"axis": 0, "prevalence": 0.1, "heatmaps": False, "dicom": "secondary-capture", "redact": True}
+    changes |= {"window": (40.0, 400.0)}
+    found = [prediction._settings(options, "weights", None)]
+    found += [
+        prediction._settings(dataclasses.replace(options, **{name: value}), "weights", None)
+        for name, value in changes.items()
+    ]
+    assert all(found.count(one) == 1 for one in found)
+    assert prediction._settings(dataclasses.replace(options, batch_size=3, workers=1), "weights", None) == found[0]
+    other = shutil.copytree(run, tmp_path / "run")
+    assert prediction._fingerprint(other) == prediction._fingerprint(run)
+    recipe = config.read(other / "config.json")
+    blurred = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, sigma=1.0))
+    (other / "config.json").write_text(config.to_json(blurred))
+    assert prediction._fingerprint(other) != prediction._fingerprint(run)
+
+
+def test_axis_and_limit_reach_the_files(run, tmp_path):
+    volume = NIFTI / "anatomical.nii"
+    assert predict(run, tmp_path / "out", volume, "--axis", "0", "--no-heatmaps") == 0
+    assert len(table(tmp_path / "out")) == 33
+    assert predict(run, tmp_path / "few", DICOM / "CT_small.dcm", "--max-megapixels", "0.016") == 3
+    assert "128×128 pixels, more than the 16000 allowed" in lines(tmp_path / "few" / "failures.jsonl")[0]["error"]
+
+
+def test_a_score_that_is_no_number_is_not_put_on_record(run, scans, tmp_path, monkeypatch):
+    maps = np.zeros((1, 48, 48), np.float32)
+    monkeypatch.setattr(Detector, "__call__", lambda *_: Prediction(np.array([np.nan]), maps))
+    message = predict(run, tmp_path / "out", scans / "a" / "same.png")
+    assert "scores are not finite, such as of " in message and "same.png" in message
+    assert lines(tmp_path / "out" / "scores.jsonl") == []
+
+
 def test_the_same_command_adds_nothing_and_other_settings_are_refused(run, scans, predicted, capfd):
     _, out = predicted
     before = (out / "scores.jsonl").read_bytes()
@@ -347,7 +419,7 @@ def test_a_folder_that_cannot_be_searched_is_named(scans, monkeypatch):
 
 def test_strict_stops_at_the_first_bad_file(run, scans, tmp_path):
     message = predict(run, tmp_path / "out", scans / "b", "--strict", "--no-heatmaps")
-    assert "functional.nii has 17 × 21 × 3 × 20 voxels" in message or "shortened.png" in message
+    assert "functional.nii has 17 × 21 × 3 × 20 voxels" in message
     kept = {Path(line["file"]).name for line in lines(tmp_path / "out" / "scores.jsonl")}
     assert kept >= {"SC_rgb_rle_2frame.dcm"}  # what was done before is kept
     assert not (tmp_path / "out" / "heatmaps").exists()
@@ -435,6 +507,50 @@ def test_finding_files(tmp_path, monkeypatch):
     assert keys[0].startswith("_odd__name-")
     os.utime("b/2.png", ns=(1, 1))  # another file by the same name
     assert itemise([Path("b/2.png")], False)[0].key != keys[1]
+
+
+def made_ledger(out, names, **settings):
+    """The ledger of files by these names, which are there."""
+    for name in names:
+        Path(name).open("ab").close()
+    return Ledger(out, {"redact": False, **settings}, itemise([Path(name) for name in names], False))
+
+
+def test_no_name_of_a_file_is_a_formula_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["=1+1.png", "+1.png", "-1.png", "@1.png", "plain.png"]
+    with made_ledger(Path("out"), names) as ledger:
+        for item in ledger.items:
+            ledger.add(item, [ledger.record(item, 0, 1, 0.5)])
+        ledger.write_table()
+    shown = [row["file"] for row in table(Path("out"))]
+    assert shown == [*(f"./{name}" for name in names[:-1]), "plain.png"]
+
+
+def test_a_file_cut_short_in_the_record_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with made_ledger(Path("out"), ["a.tif", "b.png"]) as ledger:
+        first, second = ledger.items
+        ledger.add(first, [ledger.record(first, i, 3, 0.5) for i in range(2)])  # of three frames
+        ledger.add(second, [ledger.record(second, 0, 1, 0.5)])
+    with made_ledger(Path("out"), ["a.tif", "b.png"]) as ledger:
+        assert ledger.done == {second.key}
+        assert {line["key"] for line in lines(Path("out") / "scores.jsonl")} == {second.key}
+
+
+def test_a_record_that_a_full_disk_cut_short_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with made_ledger(Path("out"), ["a.png"]) as ledger:
+        (item,) = ledger.items
+
+        class Full:
+            name = "scores.jsonl"
+            write = staticmethod(lambda text: len(text) - 1)
+
+        monkeypatch.setattr(ledger, "_scores", Full())
+        with pytest.raises(OSError, match=r"No space left on device: 'scores\.jsonl'"):
+            ledger.add(item, [ledger.record(item, 0, 1, 0.5)])
+        assert not ledger.done
 
 
 # ---------------------------------------------------------------------------- killed

@@ -226,11 +226,19 @@ def test_a_set_without_masks_has_a_page(tmp_path):
 
 def test_a_fitted_calibration_is_used_if_it_is_of_these_weights(tmp_path):
     run = make_run(tmp_path / "run", count=12, names=False)
-    fitted = calibration.fit(run.evaluation.scores, run.evaluation.labels)
+    scores, labels = run.evaluation.scores, run.evaluation.labels
+    fitted = calibration.fit(np.append(scores, np.full(6, 0.4)), np.append(labels, np.zeros(6)))
     fitted.save(run.directory)
     page = run.write()
     text = text_of(page)
-    assert "fitted on 24 images of the valid pool" in text
+    assert "fitted on 30 images of the valid pool" in text
+    assert "the pool's share of anomalous images, 40%; in this test set it is 50%" in text
+    found = fitted.probability(scores)
+    place = np.minimum((found * 10).astype(int), 9)
+    off = [(place == i).sum() * abs((found - labels)[place == i].mean()) for i in np.unique(place)]
+    said = "Brier score is {:.3f} (0 is best; always saying the share of anomalous ones has 0.250)"
+    assert said.format(np.mean((found - labels) ** 2)) in text
+    assert f"expected calibration error {sum(off) / 24:.3f}." in text
     assert "fitted probability of an anomaly" in text
     assert "Raw scores are not" not in text
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
@@ -299,6 +307,14 @@ def test_ticks_are_few_and_round(low, high):
     found = report_figures.ticks(low, high)
     assert 3 <= len(found) <= 7
     assert low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
+
+
+def test_a_histogram_has_the_normal_images_first():
+    scores = np.array([0.0, 0.0, 0.1, 1.0])
+    edges, shares = report_figures.histogram(scores, np.array([0, 0, 1, 1]))
+    assert (edges[0], edges[-1]) == (0, 1)
+    assert shares[0, 0] == 1 and shares[1, -1] == 0.5 and shares.sum(1).tolist() == [1, 1]
+    assert report_figures.span(np.full(3, 0.5)) == (0.0, 1.0)
 
 
 # ---------------------------------------------------------------------------- scores.csv
@@ -414,6 +430,10 @@ def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_f
     assert len(found) == 6
     assert "The 6 most wrong of 20 images" in text_of(page)
     scores = report.read_scores(tmp_path / "scores.csv").score
+    maxima = report.read_scores(tmp_path / "scores.csv").others["max"]
+    held = re.findall(r'<li data-index="(\d+)".*?data-others="(.*?)"', page)
+    assert len(held) == 6
+    assert all(json.loads(html.unescape(others))["max"] == maxima[int(number)] for number, others in held)
     for number, _, score, pictures in found:
         assert score == scores[number]
         heat = np.asarray(pictures["heat"].convert("RGB"), float) / 255

@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+import os
+import signal
+import sys
 
 import pytest
 
-from iqe_jax import reproduce
+from iqe_jax import evaluation, reproduce
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -59,6 +62,41 @@ def test_finished_runs_are_read_back_and_missing_ones_made(made, monkeypatch):
     reproduce.main(line)
     assert started == ["brain-k2"]
     assert json.loads((out / "table.json").read_text())["rows"][0]["runs"] == 1
+    evaluated, watched = [], []
+    monkeypatch.setattr(evaluation, "run_evaluation", lambda run: evaluated.append(run.train.seed))
+    monkeypatch.setattr(reproduce, "_stop_with_parent", lambda: watched.append(1))
+    reproduce.run_cell(out / "runs" / "brain-k2.json")
+    assert (evaluated, watched) == ([1], [1])
+    reproduce.main(line)
+    row = json.loads((out / "table.json").read_text())["rows"][0]
+    costs = [json.loads((out / "runs" / f"brain-k2-seed{i}" / "cost.json").read_text()) for i in (0, 1)]
+    assert [cost["resumed"] for cost in costs] == [False, True] and row["resumed"]
+    assert row["seconds"] == sum(cost["seconds"] for cost in costs) / 2
+    assert row["peak_bytes"] == max(cost["peak_bytes"] for cost in costs)
+    assert "| > " in (out / "table.md").read_text()
+
+
+def test_a_cell_ends_with_the_process_that_started_it(monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "kill", lambda *args: told.append(args))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # whose other end has closed
+    reproduce._stop_with_parent()
+    assert told == [(os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [(1, ValueError, r"brain, k = 2: last words \(all of it in .*brain-k2\.log\)"), (75, SystemExit, "^75$")],
+)
+def test_a_cell_that_fails_is_no_result(made, tmp_path, monkeypatch, code, error, message):
+    _, (cell,) = reproduce.cells(made[0])
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho first words\necho last words\nexit {code}\n")
+    program.chmod(0o755)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(error, match=message):
+        reproduce._start(cell, tmp_path)
 
 
 def test_runs_of_another_length_are_not_taken_for_those_asked_for(made, monkeypatch):
@@ -121,6 +159,9 @@ def test_published_figures_stand_beside_real_data_and_never_beside_phantoms(tmp_
         reproduce.write_tables(options, listed, "the command")
         text = (options.out / "table.md").read_text()
         assert ("0.7863 / 0.7980" in text) != phantoms
+        first = next(csv.DictReader(io.StringIO((options.out / "table.csv").read_text())))
+        figures = [first[f"mvfa_ad_image_auroc_{of}"] for of in ("paper", "code")]
+        assert figures == ["", ""] if phantoms else [float(x) for x in figures] == pytest.approx([0.7863, 0.7980])
         assert ("MVFA-AD" in text) != phantoms
         assert ("say nothing about real data" in text) == phantoms
         assert (reproduce.SOURCE in (options.out / "table.tex").read_text()) != phantoms

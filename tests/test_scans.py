@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import logging
 import struct
 import tracemalloc
+import warnings
 import zlib
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from iqe_jax.data import dicom
-from iqe_jax.data.scans import ScanError, open_scan
+from iqe_jax.data.scans import Quiet, ScanError, open_scan
 from iqe_jax.data.transforms import load_image
 
 # What the two packages ship; nothing is downloaded.
@@ -87,6 +89,8 @@ def test_pages_of_a_tiff(tmp_path):
         np.testing.assert_allclose(scan.frame(i)[..., 1], pages[i] / 65535, atol=1e-7)
     with pytest.raises(IndexError, match="has 12 frames, there is no frame 12"):
         scan.frame(12)
+    with pytest.raises(ScanError, match="16×6 pixels, more than the 90 allowed"):
+        open_scan(tmp_path / "a.tif", max_pixels=90).frame(11)
 
 
 def test_floats_need_a_window(tmp_path):
@@ -144,6 +148,8 @@ def test_padding_counts_for_nothing(tmp_path):
     path = changed(tmp_path, PixelData=stored.tobytes(), PixelPaddingValue=-2000)
     low, high = np.percentile(values[40:], [0.5, 99.5])
     np.testing.assert_allclose(only(path)[40:], np.clip((values[40:] - low) / (high - low), 0, 1), atol=1e-6)
+    stored[:] = -2000
+    assert only(changed(tmp_path, PixelData=stored.tobytes(), PixelPaddingValue=-2000)).std() == 0
 
 
 def linear(values, centre, width):
@@ -169,6 +175,9 @@ def test_window_functions_and_several_windows(tmp_path):
     np.testing.assert_allclose(only(path), 1 / (1 + np.exp(-4 * (values - 40) / 400)), atol=1e-6)
     path = changed(tmp_path, **both, VOILUTFunction="LINEAR_EXACT")
     np.testing.assert_allclose(only(path), np.clip((values - 40) / 400 + 0.5, 0, 1), atol=1e-6)
+    path = changed(tmp_path, WindowCenter=0.25, WindowWidth=0.5, RescaleSlope=0.001, RescaleIntercept=-1)
+    small = (values + 1024) * 0.001 - 1  # LINEAR allows no width below 1
+    np.testing.assert_allclose(only(path), np.clip((small - 0.25) / 0.5 + 0.5, 0, 1), atol=1e-6)
     path = changed(tmp_path, WindowCenter=40, WindowWidth=0)  # no window at all, as some writers put it
     np.testing.assert_array_equal(only(path), only(DICOM / "CT_small.dcm"))
 
@@ -179,6 +188,12 @@ def test_a_voi_lookup_table(tmp_path):
     table.LUTDescriptor, table.LUTData = [2048, 0, 12], (4095 - np.arange(2048)).astype("<u2").tobytes()
     path = changed(tmp_path, VOILUTSequence=Sequence([table]))
     np.testing.assert_allclose(only(path), (4095 - np.clip(values, 0, 2047)) / 4095, atol=1e-6)
+
+    # Rescaled values lie between the entries: the nearest one counts.
+    stored = np.arange(14, dtype=np.int16).reshape(2, 7)
+    part = {"Rows": 2, "Columns": 7, "RescaleSlope": 0.3, "RescaleIntercept": 0, "PixelData": stored.tobytes()}
+    path = changed(tmp_path, **part, VOILUTSequence=Sequence([table]))
+    np.testing.assert_allclose(only(path), (4095 - np.round(0.3 * stored)) / 4095, atol=1e-6)
 
 
 def test_a_voi_lookup_table_of_more_bits_than_it_says(tmp_path):
@@ -209,6 +224,34 @@ def test_a_rescaling_that_changes_nothing_does_not_stretch_8_bits(tmp_path):
     np.testing.assert_allclose(frames[1], pixels / 255, atol=1e-6)
 
 
+def eight_bits(tmp_path, pixels, **elements):
+    """A DICOM file of 8 bits whose values nothing changes, but what `elements` say."""
+    data = pydicom.dcmread(DICOM / "CT_small.dcm")
+    for keyword in ("RescaleSlope", "RescaleIntercept", "PixelPaddingValue"):
+        delattr(data, keyword)
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
+    data.Rows, data.Columns, data.PixelData = *pixels.shape, pixels.tobytes()
+    data["PixelData"].VR = "OB"
+    for keyword, value in elements.items():
+        setattr(data, keyword, value)
+    data.save_as(tmp_path / "eight.dcm")
+    return tmp_path / "eight.dcm"
+
+
+def test_8_bits_that_are_no_grey_levels_are_stretched(tmp_path):
+    """Signed values, and those of a modality table, which here changes nothing."""
+    pixels = np.arange(100, dtype=np.uint8).reshape(10, 10)
+    low, high = np.percentile(pixels, [0.5, 99.5])
+    stretched = np.clip((pixels - low) / (high - low), 0, 1)
+    signed = (pixels.astype(np.int16) - 50).astype(np.int8)
+    np.testing.assert_allclose(only(eight_bits(tmp_path, signed, PixelRepresentation=1)), stretched, atol=1e-6)
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [100, 0, 16], "US"
+    table.LUTData = np.arange(100, dtype="<u2").tobytes()
+    path = eight_bits(tmp_path, pixels, ModalityLUTSequence=Sequence([table]))
+    np.testing.assert_allclose(only(path), stretched, atol=1e-6)
+
+
 def test_monochrome1_is_inverted(tmp_path):
     path = changed(tmp_path, PhotometricInterpretation="MONOCHROME1")
     np.testing.assert_allclose(only(path), 1 - only(DICOM / "CT_small.dcm"), atol=1e-6)
@@ -228,6 +271,10 @@ def test_colours(tmp_path):
     rgb = pydicom.dcmread(DICOM / "examples_rgb_color.dcm")
     pixels = np.frombuffer(rgb.PixelData, np.uint8)[: 240 * 320 * 3].reshape(240, 320, 3)
     np.testing.assert_allclose(only(DICOM / "examples_rgb_color.dcm"), pixels / 255, atol=1e-7)
+    deep = np.arange(12 * 257, dtype=np.uint16).reshape(4, 257, 3)
+    sixteen = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11, "Rows": 4, "Columns": 257}
+    path = changed(tmp_path, "examples_rgb_color.dcm", **sixteen, PixelData=deep.tobytes())
+    np.testing.assert_allclose(only(path), deep / 4095, atol=1e-6)
     coded = {name: only(DICOM / f"SC_rgb_dcmtk_+eb+{name}.dcm") for name in ("cr", "cy+n1", "cy+s4")}
     coded["422"] = only(DICOM / "SC_ybr_full_422_uncompressed.dcm")
     for name, frame in coded.items():
@@ -274,6 +321,27 @@ def test_frames_with_windows_of_their_own(tmp_path):
         np.testing.assert_allclose(scan.frame(i)[..., 0], expected, atol=1e-6)
 
 
+def test_what_all_frames_share_and_what_one_has_of_its_own(tmp_path):
+    def group(slope, centre):
+        value, voi, both = Dataset(), Dataset(), Dataset()
+        value.RescaleSlope, value.RescaleIntercept = slope, 0
+        voi.WindowCenter, voi.WindowWidth, voi.VOILUTFunction = centre, 100, "LINEAR_EXACT"
+        both.PixelValueTransformationSequence, both.FrameVOILUTSequence = Sequence([value]), Sequence([voi])
+        return both
+
+    stored = np.arange(200, dtype=np.uint16).reshape(2, 10, 10)
+    data = pydicom.dcmread(DICOM / "CT_small.dcm")
+    data.NumberOfFrames, data.Rows, data.Columns, data.PixelRepresentation = 2, 10, 10, 0
+    data.SharedFunctionalGroupsSequence = Sequence([group(1, 50)])
+    data.PerFrameFunctionalGroupsSequence = Sequence([Dataset(), group(2, 300)])
+    data.PixelData = stored.tobytes()
+    data.save_as(tmp_path / "enhanced.dcm")
+    scan = open_scan(tmp_path / "enhanced.dcm")
+    for i, (slope, centre) in enumerate(((1, 50), (2, 300))):
+        expected = np.clip((slope * stored[i].astype(float) - centre) / 100 + 0.5, 0, 1)
+        np.testing.assert_allclose(scan.frame(i)[..., 0], expected, atol=1e-6)
+
+
 def test_files_without_ending_preamble_or_inflation(tmp_path):
     bare = tmp_path / "IM0001"
     bare.write_bytes((DICOM / "CT_small.dcm").read_bytes())
@@ -286,7 +354,7 @@ def test_files_without_ending_preamble_or_inflation(tmp_path):
     np.testing.assert_array_equal(only(old), only(DICOM / "CT_small.dcm"))
     explicit = io.BytesIO()
     pydicom.dcmwrite(explicit, Dataset(data), implicit_vr=False, little_endian=True, enforce_file_format=False)
-    for content in (old.read_bytes(), explicit.getvalue()):  # with no name to go by
+    for content in (old.read_bytes(), explicit.getvalue(), bare.read_bytes()[132:]):  # with no name to go by
         np.testing.assert_array_equal(open_scan(content).frame(0), open_scan(DICOM / "CT_small.dcm").frame(0))
     deflated = pydicom.dcmread(DICOM / "image_dfl.dcm")  # a real deflated one
     assert deflated.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian
@@ -348,6 +416,13 @@ def test_slope_intercept_and_window_of_a_volume(tmp_path):
     np.testing.assert_allclose(frame, np.clip((np.flip(values[..., 3]).T + 10) / 40, 0, 1), atol=1e-6)
 
 
+def test_percentiles_of_a_large_volume_are_of_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("iqe_jax.data.nifti._SAMPLE", 1000)
+    values = np.broadcast_to(np.arange(40), (10, 10, 40))  # slices of one value each, stored one after the other
+    scan = open_scan(small_volume(tmp_path / "a.nii", values=values))
+    np.testing.assert_allclose(scan.frame(20), 20 / 39, atol=0.01)
+
+
 def test_one_volume_with_a_fourth_axis_and_nifti2(tmp_path):
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4, 1)
     nibabel.save(nibabel.Nifti2Image(values, np.eye(4)), tmp_path / "a.nii.gz")
@@ -362,6 +437,9 @@ def test_a_volume_that_has_no_orientation_says_so(tmp_path):
     nibabel.save(image, tmp_path / "a.nii")
     assert "gives no orientation" in open_scan(tmp_path / "a.nii").notes[0]
     assert open_scan(small_volume(tmp_path / "b.nii")).notes == ()
+    image.header["qform_code"] = 1  # one of the two is enough
+    nibabel.save(image, tmp_path / "q.nii")
+    assert open_scan(tmp_path / "q.nii").notes == ()
     assert open_scan(tmp_path / "a.nii").frame(0).max() == 0  # nothing but one value
 
 
@@ -386,11 +464,13 @@ def tiff(width, height):
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-def nifti(shape, dtype=np.int16, data=b"", offset=352):
+def nifti(shape, dtype=np.int16, data=b"", offset=352, magic=b"n+1", **fields):
     header = nibabel.Nifti1Header()
     header.set_data_dtype(dtype)
     header["dim"][: len(shape) + 1] = [len(shape), *shape]
-    header["magic"], header["vox_offset"] = b"n+1", offset
+    header["magic"], header["vox_offset"] = magic, offset
+    for name, value in fields.items():
+        header[name] = value
     return header.binaryblock + bytes(4) + data
 
 
@@ -441,6 +521,10 @@ HOSTILE = {
     "no rows": ("a", lambda t: dicom_of(t, Rows=0), "is 0×128 pixels: there is nothing in it"),
     "a report": ("a", lambda t: (DICOM / "reportsi.dcm").read_bytes(), "DICOM file with no image in it"),
     "an index": ("a", lambda t: (DICOM / "dicomdirtests" / "DICOMDIR").read_bytes(), "is a DICOMDIR"),
+    "four values a pixel": (
+        *("a", lambda t: dicom_of(t, SamplesPerPixel=4, PlanarConfiguration=0, Rows=32)),
+        "has 4 values per pixel: expected 1 or 3",
+    ),
     "JPEG-LS": (
         "a",
         lambda t: (DICOM / "MR_small_jpeg_ls_lossless.dcm").read_bytes(),
@@ -462,6 +546,11 @@ HOSTILE = {
     ),
     "empty axis": ("a.nii", lambda t: nifti((20, 0, 20)), r"has shape \(20, 0, 20\): there is nothing"),
     "far voxels": ("a.nii", lambda t: nifti((2, 2, 2), data=bytes(64), offset=2**30), "its voxels begin at byte"),
+    "half of a pair": ("a.nii", lambda t: nifti((2, 2, 2), magic=b"ni1", data=bytes(64)), "is the header of a pair"),
+    "an orientation that is none": (
+        *("a.nii", lambda t: nifti((2, 2, 2), data=bytes(64), sform_code=1)),
+        "has an orientation in its header that is none",
+    ),
     "complex voxels": ("a.nii", lambda t: nifti((2, 2, 2), np.complex64, bytes(64)), "voxels of type complex64"),
     "NaN voxels": (
         *("a.nii", lambda t: nifti((2, 2, 2), np.float32, np.float32([1, np.nan, np.inf, *[0] * 5]).tobytes())),
@@ -502,6 +591,22 @@ def test_errors_tell_nothing_of_a_patient(tmp_path, capfd, caplog):
     told = str(raised.value) + capfd.readouterr().err + caplog.text
     assert "SECRET" not in told
     assert raised.value.__cause__ is None
+
+
+def test_warnings_are_kept_back_until_the_last_thread_is_done():
+    """Two decoders at work: the first to end must not let the other's warnings out, and then all is as before."""
+    logger = logging.getLogger("pydicom")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        first, second = Quiet(), Quiet()
+        first.__enter__(), second.__enter__()
+        first.__exit__()
+        warnings.warn("SECRET", stacklevel=1)
+        assert logger.disabled
+        second.__exit__()
+        assert not told and not logger.disabled
+        warnings.warn("heard", stacklevel=1)
+    assert [str(warning.message) for warning in told] == ["heard"]
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,15 @@ import httpx
 import nibabel
 import numpy as np
 import pytest
+from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from benchmarks import serve_load
-from iqe_jax import calibration, export, serve
+from iqe_jax import batching, calibration, export, serve, service
 from iqe_jax.batching import Histogram, Limits
 from iqe_jax.config import Config
-from iqe_jax.detector import Detector
+from iqe_jax.detector import Detector, Prediction
 from iqe_jax.service import Service
 from iqe_jax.web import create_app
 from tests.runs import small_run
@@ -262,6 +263,7 @@ def test_histograms_are_cumulative():
 def test_strange_hosts_and_other_origins_are_refused(client):
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
     assert client.get("/health", headers={"host": "[::1]:8000"}).status_code == 200
+    assert client.get("/health", headers={"host": "LocalHost:8000"}).status_code == 200
     own = {"origin": "http://localhost:8000", "content-type": "image/png"}
     assert client.post("/predict", content=png(PIXELS[0]), headers=own).status_code == 200
     for origin in ("https://evil.example", "null", "http://localhost:9", "http://[::1"):
@@ -278,6 +280,9 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     assert "http://" not in first.text and "https://" not in first.text and "{nonce}" not in first.text
     assert first.headers["x-content-type-options"] == "nosniff"
     assert client.get("/docs").status_code == 404
+    answer = post(client, png(PIXELS[0]), "/heatmap")  # may be a patient's, and is no page
+    assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+    assert answer.headers["cache-control"] == first.headers["cache-control"] == "no-store"
 
 
 def test_what_the_model_is(client):
@@ -366,6 +371,34 @@ def test_unpacked_volumes_count(golden_model):
         assert post(client, content, kind=kind).status_code == 200  # the room was given back
 
 
+def test_a_client_that_has_gone_takes_no_other_along():
+    async def batches():
+        gone, here, failed = (asyncio.get_running_loop().create_future() for _ in range(3))
+        gone.cancel()
+        batching._deliver([gone, here], Prediction(np.array([0.1, 0.2]), np.zeros((2, 4, 4))))
+        assert (await here)[0] == 0.2
+        batching._fail([gone, failed], MemoryError())
+        with pytest.raises(MemoryError):
+            await failed
+
+    asyncio.run(batches())
+
+
+def test_uploads_that_are_too_much_together_are_refused(detector):
+    house = Service(detector, None, Limits(max_mb=1, max_total_mb=1), None)
+    house.bytes = 900_000  # of others
+
+    async def stream():
+        yield bytes(200_000)
+
+    upload = service._Upload(house)
+    with pytest.raises(HTTPException, match="1 MB are inside already") as refused:
+        asyncio.run(upload._body(SimpleNamespace(headers={}, stream=stream)))
+    assert refused.value.status_code == 503
+    upload.release()
+    assert house.bytes == 900_000
+
+
 def test_a_slow_upload_is_ended(detector):
     app = create_app(detector, about={}, limits=Limits(upload_seconds=0.05), hosts=("*",))
 
@@ -406,6 +439,19 @@ def test_options_that_are_fine(monkeypatch, tmp_path):
     monkeypatch.delenv("IQE_JAX_TOKEN")
     assert serve.check(serve.Options(tmp_path))[0] is None
     assert serve.is_loopback("::1") and serve.is_loopback("127.8.8.8") and not serve.is_loopback("example.org")
+
+
+@pytest.mark.parametrize(("log", "lines", "names"), [("none", 0, 0), ("requests", 1, 0), ("names", 1, 1)])
+def test_what_is_asked_for_is_what_is_served(tmp_path, monkeypatch, log, lines, names):
+    made = {}
+    monkeypatch.setattr("iqe_jax.web.create_app", lambda detector, **settings: made.update(settings))
+    monkeypatch.setattr(serve, "_server", lambda *_: SimpleNamespace(run=lambda sockets: sockets[0].close()))
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    line = [str(small_run(tmp_path / "run")), "--port", "0", "--token", TOKEN, "--allow-host", "scans.example"]
+    serve.main([*line, "--prevalence", "0.1", "--max-frames", "3", "--log", log])
+    assert (made["token"], made["prevalence"], made["limits"].max_frames) == (TOKEN, 0.1, 3)
+    assert made["hosts"] == ("localhost", "127.0.0.1", "[::1]", "127.0.0.1", "scans.example")
+    assert (made["log"] is not None, made["log_name"] is not None) == (bool(lines), bool(names))
 
 
 def test_missing_packages_and_taken_ports_are_named(monkeypatch, tmp_path):

@@ -33,9 +33,10 @@ from iqe_jax import (
     trainer,
     training_data,
 )
-from iqe_jax.checkpoint import Checkpoints, RunDirectory
+from iqe_jax.checkpoint import Checkpoints, RunDirectory, write_whole
 from iqe_jax.data.bmad import load_split
 from iqe_jax.data.transforms import augment, load_image, load_mask
+from iqe_jax.feature_files import OnDisk
 from iqe_jax.metrics import IMAGE_METRICS, defined
 from iqe_jax.sharding import make_layout
 from iqe_jax.weights import chosen_on, load_adapter
@@ -110,6 +111,7 @@ def test_a_few_shot_evaluation_trains_first_and_leaves_all_results(few_shot, tra
     with Image.open(trained / "heatmaps" / "overview.png") as overview:
         assert overview.size == (2 * 3 * 40 + 8, 2 * 40)
     assert list((trained / "tensorboard").iterdir())
+    assert {path.name for path in (trained / "checkpoints").iterdir() if path.name.isdigit()} == {"12", "18"}
     assert config.from_json((trained / "config.json").read_text()) == at(few_shot, trained)
 
     capsys.readouterr()
@@ -320,6 +322,32 @@ def test_what_chose_other_weights_is_not_finished(few_shot, golden_model, tmp_pa
     run.keep(weights, "valid", step=9, metrics={})  # by a longer training, which may be stopped after it
     assert RunDirectory(run.config).finished_at is None
     assert RunDirectory(run.config).facts("last") == {"rule": "last", "step": 6}
+
+
+def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def stop(*_):
+        raise OSError("killed before the new file took its place")
+
+    path = tmp_path / "kept.json"
+    write_whole(path, "before")
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(OSError, match="killed"):
+        write_whole(path, "after")
+    assert path.read_text() == "before"
+
+
+def test_what_changes_no_number_may_change_between_a_run_and_its_continuation(few_shot, tmp_path):
+    recipe = at(few_shot, tmp_path)
+    RunDirectory(recipe).claim()
+    free = {"epochs": 9, "steps": 3, "checkpoint_every": 2, "features": "disk", "feature_memory_gb": 1.0}
+    free |= {"feature_disk_gb": 1.0, "accumulate": 2, "remat": True}
+    data = dataclasses.replace(recipe.data, workers=5, processes=True)
+    mesh = dataclasses.replace(recipe.mesh, fsdp=2)
+    other = dataclasses.replace(at(recipe, tmp_path, **free), name="other", data=data, mesh=mesh)
+    assert RunDirectory(other).path == tmp_path
+    for name, value in {"dropout": 0.1, "batch_size": 8, "keep": "valid", "feature_dtype": "bfloat16"}.items():
+        with pytest.raises(ValueError, match=rf"other settings \(train\.{name} was"):
+            RunDirectory(at(recipe, tmp_path, **{name: value}))
 
 
 @pytest.mark.parametrize("name", ["kept.json", "config.json", "metrics.jsonl"])
@@ -614,6 +642,33 @@ def test_kept_features_are_found_again_and_never_stale(few_shot, golden_model, t
     image.touch()
     of_samples(recipe, model, frozen, samples)
     assert len(runs) == 4
+
+
+def test_kept_features_are_known_by_all_that_they_come_from(few_shot, golden_model, tiny_root, tmp_path):
+    model, frozen, _ = golden_model
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
+    samples = load_split(root, "brain", "valid")
+
+    def key(samples=samples, feature_dtype="float32", **changes):
+        changed = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+        recipe = dataclasses.replace(at(few_shot, None, feature_dtype=feature_dtype), model=changed.config)
+        return features.key_of(changed, frozen["vision"], samples, recipe)
+
+    keys = [key(), key(samples[::-1]), key(samples[1:]), key(feature_dtype="bfloat16"), key(dtype="bfloat16")]
+    keys += [key(image_size=41), key(levels=(1, 2)), key(normalisation="clip"), key(activation="quick_gelu")]
+    samples[-1].mask.touch()
+    assert len({*keys, key()}) == len(keys) + 1
+
+
+def test_sets_are_kept_in_memory_as_far_as_they_fit_together(zero_shot):
+    recipe = at(zero_shot, None)
+    model, frozen = experiment.load_model(recipe.model, LAYOUT)
+    plan = training_data.plan(recipe)
+    first, second = (features.size_in_bytes(model, samples, recipe) for samples in plan.training.values())
+    for spare, places in ((1.1, (np.ndarray, np.ndarray)), (0.5, (np.ndarray, OnDisk))):
+        fitting = at(recipe, None, feature_memory_gb=(first + spare * second) / 1e9)
+        kept = training_data.load(fitting, plan, model, frozen, LAYOUT)
+        assert tuple(type(own.patch_tokens) for own in kept) == places
 
 
 def test_support_images_are_trained_on_as_augmented(few_shot, golden_model):
