@@ -642,7 +642,7 @@ def test_limits_can_be_raised_and_lowered():
     assert only(DICOM / "CT_small.dcm", max_pixels=128 * 128).shape == (128, 128)
     with pytest.raises(ScanError, match="more than the 16383 allowed"):
         open_scan(DICOM / "CT_small.dcm", max_pixels=128 * 128 - 1)
-    with pytest.raises(ScanError, match=r"has 3 × 4 × 5|says it has 3 × 4 × 5|voxels, more than the 200 allowed"):
+    with pytest.raises(ScanError, match="33 × 41 × 25 voxels, more than the 200 allowed"):
         open_scan(NIFTI / "anatomical.nii", max_pixels=50)
 
 
