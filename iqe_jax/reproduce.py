@@ -247,7 +247,7 @@ def as_csv(found: dict[str, Any]) -> str:
             figure = (row["metrics"] or {}).get(name) or {"mean": None, "interval": None}
             values += [figure["mean"], *(figure["interval"] or (None, None))]
         for name in ("image_auroc", "pixel_auroc"):
-            values += [value / 100 for value in (row["published"] or {}).get(name, ())] or [None, None]
+            values += [round(value / 100, 6) for value in (row["published"] or {}).get(name, ())] or [None, None]
         out.writerow(values)
     return lines.getvalue()
 

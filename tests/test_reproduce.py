@@ -161,7 +161,7 @@ def test_published_figures_stand_beside_real_data_and_never_beside_phantoms(tmp_
         assert ("0.7863 / 0.7980" in text) != phantoms
         first = next(csv.DictReader(io.StringIO((options.out / "table.csv").read_text())))
         figures = [first[f"mvfa_ad_image_auroc_{of}"] for of in ("paper", "code")]
-        assert figures == ["", ""] if phantoms else [float(x) for x in figures] == pytest.approx([0.7863, 0.7980])
+        assert figures == (["", ""] if phantoms else ["0.7863", "0.798"])
         assert ("MVFA-AD" in text) != phantoms
         assert ("say nothing about real data" in text) == phantoms
         assert (reproduce.SOURCE in (options.out / "table.tex").read_text()) != phantoms
