@@ -180,8 +180,16 @@ def fetch(repo: str, patterns: list[str], what: str) -> Path:
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file at a temporary path in the same folder, then move it to `path` in one step."""
+    """Have `write` make a file at a temporary path in the same folder, then move it to `path` in one step.
+
+    Raises OSError where it cannot be written.
+    """
+    from safetensors import SafetensorError
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        write(Path(folder) / path.name)
+        try:
+            write(Path(folder) / path.name)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
         (Path(folder) / path.name).replace(path)

@@ -289,7 +289,7 @@ def main(argv: list[str]) -> None:
 
     from iqe_jax.cli import user_errors
 
-    program = "iqe_jax.calibration"
+    program = "python -m iqe_jax.calibration"
     with user_errors(program):
         options = tyro.cli(
             Annotated[Options, tyro.conf.FlagConversionOff], args=argv, prog=program, description=main.__doc__

@@ -121,7 +121,7 @@ def user_errors(program: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(f"\n{program}: stopped; the same command goes on from the last checkpoint") from None
+        raise SystemExit(f"\n{program}: stopped; the same command goes on from what is saved") from None
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("IQE_JAX_TRACEBACK"):
             raise

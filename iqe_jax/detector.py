@@ -94,7 +94,9 @@ class Detector:
 
         Raises as a call does.
         """
-        single = isinstance(images, str | Path) or not hasattr(images, "__len__") or getattr(images, "ndim", 4) == 3
+        single = (
+            isinstance(images, str | Path) or not hasattr(images, "__len__") or getattr(images, "ndim", 4) in (2, 3)
+        )
         several: Any = [images] if single else images
         if len(several) == 0:
             raise ValueError("no images were given")

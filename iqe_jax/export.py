@@ -116,6 +116,7 @@ def chosen(run: Path, config: Config) -> dict[str, Any]:
 
 def write_program(detector: Detector, folder: Path) -> dict[str, np.ndarray]:
     """Write program.jax_export and weights.safetensors into `folder`; returns the weights."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     model, trees = _used_words(detector.model, detector.weights)
@@ -134,7 +135,10 @@ def write_program(detector: Detector, folder: Path) -> dict[str, np.ndarray]:
     images = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), size, size, 3), np.float32)
     exported = export.export(jax.jit(program), platforms=PLATFORMS)(weights, images)
     (folder / "program.jax_export").write_bytes(exported.serialize())
-    save_file(weights, folder / "weights.safetensors")
+    try:
+        save_file(weights, folder / "weights.safetensors")
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{folder / 'weights.safetensors'} cannot be written: {error}") from error
     (folder / "weights.safetensors").chmod((folder / "program.jax_export").stat().st_mode)  # safetensors hides them
     return weights
 

@@ -46,7 +46,7 @@ class Options:
     axis: Literal[0, 1, 2] = 2
     """Volumes: cut into slices across this axis: 0 left to right, 1 back to front, 2 feet to head."""
     heatmaps: bool = True
-    """Whether to write a picture of each frame with its heat map, and of each volume a map in its geometry."""
+    """A picture of each frame with its heat map, and of each volume a map in its geometry; --no-heatmaps: neither."""
     dicom: Literal["none", "secondary-capture"] = "none"
     """DICOM files: write the picture as a DICOM object too."""
     prevalence: float | None = None
@@ -88,7 +88,10 @@ def run_prediction(options: Options) -> int:
         if len(left) < len(items):
             console.print(f"{len(items) - len(left)} of {len(items)} files are done already in {options.out}")
         if fitted is None:
-            console.print(f"{options.run} has no calibration: no probability, no decision. evaluate.py makes it")
+            console.print(
+                f"{options.run} has no calibration: no probability, no decision. evaluate.py makes it of valid images "
+                "that are no support"
+            )
         for sentence in fitted.withheld if fitted else ():
             console.print(f"The calibration gives {sentence}")
         job = _Job(options, detector, fitted, ledger, weights)
@@ -301,7 +304,10 @@ class _Job:
             from iqe_jax import scan_maps
 
             path = f"maps/{work.item.key}.nii.gz"
-            scan_maps.write_volume(_in(self.options.out, path), work.scan, work.volume)
+            try:
+                scan_maps.write_volume(_in(self.options.out, path), work.scan, work.volume)
+            except ScanError as fault:
+                work.fault = fault
             for record in work.records:
                 record["heatmap"] = path
         if work.fault is not None:

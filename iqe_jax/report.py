@@ -147,7 +147,8 @@ def print_table(summary: dict[str, Any]) -> None:
         if reduction != summary["image_score"] and not several:
             table.add_row(f"image AUROC, score {reduction}", figure(found, "image_auroc"), style="dim")
     images = summary["images"]
-    caption = [f"{images['normal']} normal, {images['anomalous']} anomalous images; in brackets 95 % intervals"]
+    of = " of the mean over seeds" if "seeds" in summary else ""
+    caption = [f"{images['normal']} normal, {images['anomalous']} anomalous images; in brackets 95 % intervals{of}"]
     caption += [f"{rule}: {found['chosen']}" if several else found["chosen"] for rule, found in rules.items()]
     if summary["image_score"] != "official":
         caption.append(f"image score: {summary['image_score']} of the map, not the official mean")

@@ -66,7 +66,20 @@ def write_picture(path: Path, shown: UInt8[np.ndarray, "height width 3"]) -> Non
 
 
 def write_volume(path: Path, scan: Scan, maps: UInt16[np.ndarray, "slice height width"]) -> None:
-    """The maps of all slices as a NIfTI volume of the scan's shape, affine and units; 0 … 65535 stands for 0 … 1."""
+    """The maps of all slices as a NIfTI volume of the scan's shape, affine and units; 0 … 65535 stands for 0 … 1.
+
+    Raises ScanError where the scan's header is such that it cannot be written again.
+    """
+    try:
+        with Quiet():
+            _write_volume(path, scan, maps)
+    except OSError:
+        raise
+    except Exception:  # whatever nibabel makes of odd fields
+        raise ScanError(f"{scan.name} has a header that no map can be given: use --no-heatmaps") from None
+
+
+def _write_volume(path: Path, scan: Scan, maps: UInt16[np.ndarray, "slice height width"]) -> None:
     import nibabel
 
     geometry = scan.geometry
@@ -81,14 +94,13 @@ def write_volume(path: Path, scan: Scan, maps: UInt16[np.ndarray, "slice height 
         image.header[field] = geometry.header[field]
     for field in ("srow_x", "srow_y", "srow_z"):
         image.header[field] = geometry.header[field]
-    for field in ("db_name", "aux_file", "intent_name"):  # which may name a patient
+    for field in {"db_name", "aux_file", "intent_name"} & set(image.header.keys()):  # which may name a patient
         image.header[field] = b""
     image.header.extensions.clear()
     image.header.set_slope_inter(1 / LEVELS, 0)
     image.header["cal_min"], image.header["cal_max"] = 0, 1
     image.header["descrip"] = b"iqe-jax anomaly map, 0 to 1; not for diagnosis"
-    with Quiet():
-        nibabel.save(image, path)
+    nibabel.save(image, path)
 
 
 def write_secondary_capture(

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,8 @@ from iqe_jax.train_state import (
     train_step,
 )
 from iqe_jax.weights import chosen_on, load_adapter
+
+FLUSH_SECONDS = 60.0  # after which TensorBoard gets to see what was logged
 
 
 @dataclass
@@ -249,11 +252,9 @@ class _Log:
             raise ValueError(f"{self._file}, line {number}, is damaged ({fault}): remove that line") from fault
 
     @cached_property
-    def _board(self) -> Any:
+    def _board(self) -> "_Board":
         """Opened on first use, when a step is running beside it: its import takes as long as JAX's."""
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
+        return _Board(self._path / "tensorboard", self._start + 1)
 
     def __exit__(self, *_: object) -> None:
         if processes.is_main():
@@ -276,7 +277,7 @@ class _Log:
         self._clock = now
         self._lines.write(json.dumps(line) + "\n")
         for name, value in losses.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            self._board.write(f"train/{name}", value, step)
 
     def write_selection(self, step: int, rule: str, metrics: dict[str, float | None]) -> None:
         """One line of what the weights after `step` score on the images that `rule` chooses by."""
@@ -286,4 +287,46 @@ class _Log:
         self._lines.write(json.dumps({"step": step, rule: metrics, **mark}) + "\n")
         for name, value in metrics.items():
             if value is not None:
-                self._board.add_scalar(f"{rule}{'_chosen_on_test_data' if mark else ''}/{name}", value, step)
+                self._board.write(f"{rule}{'_chosen_on_test_data' if mark else ''}/{name}", value, step)
+
+
+class _Board:
+    """TensorBoard's file of events, from step `first` on: what an earlier start had logged past it is to be forgotten.
+
+    Written by the loop itself. The thread of tensorboardX's SummaryWriter dies of a full disk without a word, and what
+    is given to it from then on waits for ever. Raises OSError, naming the folder.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._folder, self._flushed, self._event = folder, time.monotonic(), Event
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        self._add(step=first, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, name: str, value: float, step: int) -> None:
+        """One figure of `step`."""
+        from tensorboardX.summary import scalar
+
+        self._add(step=step, summary=scalar(name, value))
+
+    def _add(self, **content: Any) -> None:
+        with self._said():
+            self._file.write_event(self._event(wall_time=time.time(), **content))
+            if time.monotonic() > self._flushed + FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is still held."""
+        with self._said():
+            self._file.close()
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from error

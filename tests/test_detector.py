@@ -95,7 +95,7 @@ def test_sizes_are_read_from_our_own_files_too(golden_files, expected, tmp_path)
     [
         ([], "no images were given"),
         (np.zeros((0, 40, 40, 3), np.uint8), "no images were given"),
-        (np.zeros((40, 40), np.uint8), "image 0 has shape"),
+        (np.zeros((40, 40), np.uint8), r"image 0 has shape \(40, 40\); expected \(height, width, 3\)"),
         (np.zeros((2, 40, 40, 1), np.uint8), r"image 0 has shape \(40, 40, 1\); expected \(height, width, 3\)"),
         (np.zeros((0, 40, 3), np.uint8), r"image 0 has shape \(0, 40, 3\)"),
         (np.zeros((40, 40, 3), np.int32), "image 0 has type int32"),

@@ -276,15 +276,28 @@ def test_a_secondary_capture_belongs_to_the_study(scans, predicted):
 
 
 def test_a_map_says_nothing_of_its_volumes_patient(tmp_path):
-    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
-    for field in ("db_name", "aux_file", "intent_name", "descrip"):
-        image.header[field] = b"SECRET"
-    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"SECRET^NAME"))
-    nibabel.save(image, tmp_path / "scan.nii")
-    scan = open_scan(tmp_path / "scan.nii")
-    scan_maps.write_volume(tmp_path / "map.nii", scan, np.zeros((6, *scan.size), np.uint16))
-    assert b"SECRET" in (tmp_path / "scan.nii").read_bytes()
-    assert b"SECRET" not in (tmp_path / "map.nii").read_bytes()
+    for kind, fields in ((nibabel.Nifti1Image, ("db_name",)), (nibabel.Nifti2Image, ())):  # NIfTI-2 has no db_name
+        image = kind(np.zeros((4, 5, 6), np.int16), np.eye(4))
+        for field in (*fields, "aux_file", "intent_name", "descrip"):
+            image.header[field] = b"SECRET"
+        image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"SECRET^NAME"))
+        nibabel.save(image, tmp_path / "scan.nii")
+        scan = open_scan(tmp_path / "scan.nii")
+        scan_maps.write_volume(tmp_path / "map.nii", scan, np.zeros((6, *scan.size), np.uint16))
+        assert b"SECRET" in (tmp_path / "scan.nii").read_bytes()
+        assert b"SECRET" not in (tmp_path / "map.nii").read_bytes()
+        assert nibabel.load(tmp_path / "map.nii").header["sizeof_hdr"] == image.header["sizeof_hdr"]
+
+
+def test_a_volume_that_no_map_can_be_given_is_skipped(run, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise nibabel.spatialimages.HeaderDataError("SECRET is no field")
+
+    monkeypatch.setattr("nibabel.save", refuse)
+    assert predict(run, tmp_path / "out", NIFTI / "anatomical.nii") == 3
+    (fault,) = lines(tmp_path / "out" / "failures.jsonl")
+    assert "anatomical.nii has a header that no map can be given: use --no-heatmaps" in fault["error"]
+    assert "SECRET" not in json.dumps(fault)
 
 
 def test_redacted_objects_lead_to_no_study(tmp_path):

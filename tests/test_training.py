@@ -254,6 +254,43 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(few_shot, tmp_
     assert len(losses(tmp_path)) == 18
 
 
+def test_a_disk_that_fills_up_ends_a_run_that_then_goes_on(few_shot, trained, tmp_path, monkeypatch):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    real, left = EventsWriter.write_event, [30]
+
+    def write_event(self, event):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, event)
+
+    monkeypatch.setattr(EventsWriter, "write_event", write_event)
+    with pytest.raises(OSError, match=r"No space left on device: .*tensorboard"):
+        experiment.run_training(at(few_shot, tmp_path))
+    left[0] = 1_000_000
+    experiment.run_training(at(few_shot, tmp_path))
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
+
+
+def test_tensorboard_has_what_was_logged(trained):
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import masked_crc32c
+
+    found = []
+    (file,) = (trained / "tensorboard").iterdir()
+    content = file.read_bytes()
+    while content:  # length, its check, the event, its check
+        size = int.from_bytes(content[:8], "little")
+        body, check = content[12 : 12 + size], content[12 + size : 16 + size]
+        assert masked_crc32c(body) == int.from_bytes(check, "little")
+        event = Event.FromString(body)
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        content = content[16 + size :]
+    expected = [(line["step"], "train/loss", np.float32(line["loss"])) for line in losses(trained)]
+    assert [entry for entry in found if entry[1] == "train/loss"] == expected
+
+
 def test_a_run_directory_belongs_to_one_run(few_shot, trained):
     with pytest.raises(
         ValueError, match=r"other settings \(train.seed was 0, now 5\); give this one another --run-dir"
