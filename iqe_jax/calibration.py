@@ -80,6 +80,25 @@ class Calibration:
         """Whether images of these scores are called anomalous; None where decisions are withheld."""
         return None if self.threshold is None else np.asarray(scores) >= self.threshold
 
+    def on(self, scores: Scores, labels: Float[np.ndarray, " image"]) -> dict[str, Any] | None:
+        """What the threshold does on images it was not chosen on, None without one.
+
+        The counts of each outcome, and sensitivity, specificity and precision with 95 % intervals after Clopper and
+        Pearson, None where there is no image to take them of.
+        """
+        if self.threshold is None:
+            return None
+        called, anomalous = np.asarray(scores) >= self.threshold, np.asarray(labels) == 1
+        counts = {
+            "true_positives": int((called & anomalous).sum()),
+            "false_positives": int((called & ~anomalous).sum()),
+            "true_negatives": int((~called & ~anomalous).sum()),
+            "false_negatives": int((~called & anomalous).sum()),
+        }
+        hits = {"sensitivity": called[anomalous], "specificity": ~called[~anomalous], "precision": anomalous[called]}
+        shares = {name: _share(those) if len(those) else None for name, those in hits.items()}
+        return {"threshold": self.threshold, "target": self.target, **counts, **shares}
+
     def summary(self) -> str:
         """One line that says what was fitted and how good it is."""
         anomalous = sum(self.labels)
@@ -126,6 +145,15 @@ def load(run_dir: Path) -> Calibration | None:
             f"{path} was made with other weights than those of {run_dir} now: run evaluate.py to make it again"
         )
     return calibration
+
+
+def target_of(run_dir: Path) -> dict[str, float]:
+    """What the threshold of a run was asked to keep, as `fit` takes it; nothing where there is no such file."""
+    try:
+        found = load(run_dir)
+    except ValueError:  # of other weights, or damaged: it is made anew
+        return {}
+    return {} if found is None else found.target
 
 
 def fit(

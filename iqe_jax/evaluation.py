@@ -18,7 +18,7 @@ import numpy as np
 from iqe_jax import calibration, features, processes, report, report_page, training_data, weights
 from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.config import Config
-from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.bmad import SETS, Sample, load_split
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.supports import held_out
 from iqe_jax.evaluator import Evaluation, evaluate_each
@@ -70,6 +70,12 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
     with processes.together("start evaluating"):
         run = RunDirectory(config)
         samples = load_split(config.data.root, config.data.dataset, "test")
+        phantoms = (config.data.root / MARK).exists()
+        if (spec := SETS.get(config.data.dataset)) and len(samples) != spec.test and not phantoms:
+            console.print(
+                f"These are {len(samples)} test images, the published set {config.data.dataset} has {spec.test}: "
+                "figures cannot be set beside published ones"
+            )
         given = config.model.adapter if not run.begun else None  # else the run was trained from it
         if given and len(config.rules) > 1:
             raise ValueError("eval.protocols compares weights that a run keeps, but model.adapter gives the weights")
@@ -93,7 +99,7 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         run = RunDirectory(config)
         facts = {rule: {"rule": rule, **(run.facts(rule) or {})} for rule in config.rules}
     shown = _shown(samples, config.eval.heatmaps)
-    page = (config.data.root / MARK).exists() if config.eval.report is None else config.eval.report
+    page = phantoms if config.eval.report is None else config.eval.report
     whole = page and len(samples) <= report_page.GALLERY
     files, form = None, config.eval.save_maps
     if form != "none":
@@ -107,6 +113,8 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
                 files(first, maps)
 
     own, *rest = facts
+    run.claim()
+    fitted = calibrate(config, run, trained, own, layout, preemption)
     evaluations = _score(
         trained,
         {own: trained.trainable, **trained.others},
@@ -118,14 +126,12 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         on_maps=save if form != "none" else None,
         check=preemption.check,
     )
-    run.claim()
     with processes.together("write the results"):
         if processes.is_main():
             others = {rule: (evaluations[rule], facts[rule]) for rule in rest}
             pictures = {i: evaluations[own].maps[i] for i in shown}
             evaluation = dataclasses.replace(evaluations[own], maps=pictures)
-            report.write(config, run.path, samples, evaluation, facts[own], others)
-    calibrate(config, run, trained, own, layout, preemption)
+            report.write(config, run.path, samples, evaluation, facts[own], others, fitted)
     if page:
         _write_page(config, run, samples, evaluations[own], trained, layout, preemption)
     return evaluations[own].metrics
@@ -184,14 +190,15 @@ def _write_page(
 
 def calibrate(
     config: Config, run: RunDirectory, trained: Trained, rule: str, layout: Layout, preemption: Preemption
-) -> None:
+) -> calibration.Calibration | None:
     """Score the target's valid pool without the support images, and fit and keep what scores mean; print one line.
 
-    A target without such images, or weights that were chosen on them, are not calibrated, which is said and no error.
+    The threshold is for the sensitivity or specificity that was asked of an earlier calibration of the run. A target
+    without such images, or weights that were chosen on them, are not calibrated, which is said and no error.
     """
     if rule == "valid":
         console.print("Not calibrated: the valid images have chosen the weights, so scores on them look too good")
-        return
+        return None
     try:
         with processes.together("find the images to calibrate on"):
             pool = load_split(config.data.root, config.data.dataset, "valid")
@@ -201,17 +208,18 @@ def calibrate(
             samples = held_out(pool, [*support, *recorded])
     except (FileNotFoundError, ValueError) as missing:
         console.print(f"Not calibrated: {missing}")
-        return
+        return None
     if not samples:
         console.print("Not calibrated: no valid images are left beside the support")
-        return
+        return None
     own = {"": trained.trainable}
     evaluation = _score(trained, own, samples, config, layout, "Scoring valid images", check=preemption.check)[""]
-    fitted = calibration.fit(evaluation.scores, evaluation.labels)
+    fitted = calibration.fit(evaluation.scores, evaluation.labels, **calibration.target_of(run.path))
     with processes.together("write the calibration"):
         if processes.is_main():
             fitted.save(run.path)
     console.print(fitted.summary())
+    return fitted
 
 
 def _shown(samples: list[Sample], count: int) -> list[int]:

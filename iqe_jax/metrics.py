@@ -55,9 +55,12 @@ def bootstrap(
 
     Resampling is stratified: normal images among themselves and anomalous ones among themselves, so that every
     resample has both classes in the test set's proportion. The same scores and seed give the same intervals. None where
-    a class has fewer than `FEWEST` images.
+    a class has fewer than `FEWEST` images, and where all anomalous images score above all normal ones: so do those of
+    each resample, and an interval of no width would say that chance has no part in it.
     """
     if min((labels == label).sum() for label in (0, 1)) < FEWEST:
+        return dict.fromkeys(IMAGE_METRICS)
+    if scores[labels == 0].max() < scores[labels == 1].min():
         return dict.fromkeys(IMAGE_METRICS)
     low, high = np.quantile(bootstrap_metrics(scores, labels, resamples, seed), [0.025, 0.975], axis=1)
     return {name: (float(a), float(b)) for name, a, b in zip(IMAGE_METRICS, low, high, strict=True)}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from iqe_jax.calibration import Calibration
 from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config
 from iqe_jax.data.bmad import Sample
@@ -48,13 +49,16 @@ def write(
     evaluation: Evaluation,
     kept: dict[str, Any],
     others: Mapping[str, tuple[Evaluation, dict[str, Any]]] | None = None,
+    calibrated: Calibration | None = None,
 ) -> None:
     """Print the table and write all files of an evaluation into `directory`.
 
     `kept` says what weights those are; `others` has evaluations by further rules of keeping weights, with the same.
+    What the threshold of `calibrated` does on the set is told too.
     """
     shown = {kept["rule"]: (evaluation, kept), **(others or {})}
     summary = _summary(config, evaluation, kept, shown)
+    summary["at_threshold"] = calibrated.on(evaluation.scores, evaluation.labels) if calibrated else None
     print_table(summary)
     write_whole(directory / "metrics.json", json.dumps(summary, indent=2) + "\n")
     for rule, (scored, facts) in shown.items():
@@ -149,6 +153,10 @@ def print_table(summary: dict[str, Any]) -> None:
     images = summary["images"]
     of = " of the mean over seeds" if "seeds" in summary else ""
     caption = [f"{images['normal']} normal, {images['anomalous']} anomalous images; in brackets 95 % intervals{of}"]
+    if decided := summary.get("at_threshold"):
+        shares = [(name, decided[name]) for name in ("sensitivity", "specificity") if decided[name]]
+        found = ", ".join(f"{name} {s['value']:.2f} ({s['low']:.2f}–{s['high']:.2f})" for name, s in shares)
+        caption.append(f"at the calibrated threshold {decided['threshold']:.4g}, on these images: {found}")
     caption += [f"{rule}: {found['chosen']}" if several else found["chosen"] for rule, found in rules.items()]
     if summary["image_score"] != "official":
         caption.append(f"image score: {summary['image_score']} of the map, not the official mean")

@@ -68,6 +68,8 @@ def serve(options: Options) -> None:
     detector, calibrated = load(run), calibration.load(run)
     config = read(run / "config.json")
     about = export.describe(config, detector, export.chosen(run, config), calibrated)
+    if calibrated is not None:
+        about["prevalence"] = options.prevalence or calibrated.prevalence  # which probabilities hold for
     log = None if options.log == "none" else lambda line: console.print(line, markup=False, highlight=False)
     log_name = log if options.log == "names" else None
     app = create_app(

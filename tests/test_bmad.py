@@ -162,6 +162,19 @@ def test_root_of_another_set_is_not_taken(tmp_path):
             load_split(tmp_path / folder, "brain", "test")
 
 
+def test_what_is_left_out_is_said_once(tmp_path, capsys):
+    make_set(tmp_path / "Brain_AD")
+    good = tmp_path / "Brain_AD" / "test" / "good" / "img"
+    (good / "patient0").mkdir()
+    for name in ("patient0/1.png", "patient0/2.png", "1.ima", "2.IMA", "IM0001", ".hidden"):
+        (good / name).touch()
+    for _ in range(2):
+        load_split(tmp_path, "brain", "test")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("left out") == 1
+    assert "test/good/img that are left out: 2 in the folder patient0, 2 .ima, 1 without an ending; images are" in said
+
+
 def test_suffixes_hidden_files_and_strange_names(tmp_path):
     home = make_set(tmp_path / "Brain_AD", good=0, bad=0) / "test"
     for name in ("a.PNG", "b.jpg", "c.jpeg", "d.bmp", "e.tif", "f.TIFF", "ü ß.png", "[x]*.png"):

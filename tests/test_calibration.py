@@ -180,6 +180,29 @@ def test_the_command_line_says_what_is_missing(tmp_path):
         calibration.main(["--run", str(tmp_path)])
 
 
+def test_what_a_threshold_does_on_other_images():
+    fitted = calibration.fit(*pool(60, 60))
+    scores = np.array([fitted.threshold, fitted.threshold + 1, fitted.threshold - 1, fitted.threshold + 1])
+    found = fitted.on(scores, np.array([1, 1, 1, 0]))
+    assert found is not None
+    counts = {name: n for name, n in found.items() if name.endswith("tives")}
+    assert counts == {"true_positives": 2, "false_positives": 1, "true_negatives": 0, "false_negatives": 1}
+    assert [found[name]["of"] for name in ("sensitivity", "specificity", "precision")] == [3, 1, 3]
+    assert found["sensitivity"]["value"] == pytest.approx(2 / 3) and found["precision"]["value"] == pytest.approx(2 / 3)
+    assert found["specificity"]["value"] == 0
+    none = fitted.on(np.array([fitted.threshold - 1]), np.array([0]))
+    assert none is not None and none["sensitivity"] is none["precision"] is None and none["specificity"]["value"] == 1
+    assert calibration.fit(*pool(3, 3)).on(scores, np.array([1, 1, 1, 0])) is None
+
+
+def test_what_was_asked_of_a_threshold_is_remembered(tmp_path):
+    assert calibration.target_of(tmp_path) == {}
+    calibration.fit(*pool(60, 60), sensitivity=0.9).save(tmp_path)
+    assert calibration.target_of(tmp_path) == {"sensitivity": 0.9}
+    (tmp_path / calibration.FILE).write_text("{")
+    assert calibration.target_of(tmp_path) == {}
+
+
 def test_the_calibration_error_is_by_how_far_each_bin_is_off():
     """Bins that are off in both directions do not make up for one another."""
     draw = np.random.default_rng(0)

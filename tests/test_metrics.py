@@ -81,7 +81,13 @@ def test_too_few_images_get_figures_but_no_interval():
     scores, labels = np.arange(10.0), np.array([0] * 6 + [1] * 4)
     assert image_metrics(scores, labels)["image_auroc"] == 1
     assert set(bootstrap(scores, labels).values()) == {None}
-    assert None not in bootstrap(scores, np.array([0] * 5 + [1] * 5)).values()
+    assert None not in bootstrap(scores, np.array([0, 1] * 5)).values()
+
+
+def test_classes_that_scores_part_wholly_get_no_interval():
+    labels = np.array([0] * 9 + [1] * 9)
+    assert set(bootstrap(np.arange(18.0), labels).values()) == {None}
+    assert None not in bootstrap(np.append(np.arange(17.0), 8.0), labels).values()  # a tie across the classes
 
 
 def test_seeds_make_a_mean_with_students_interval():

@@ -74,11 +74,12 @@ def test_weights_by_three_rules_fit_in_80_columns(monkeypatch, capsys):
 def test_each_choice_of_weights_has_the_intervals_of_its_own_scores(tmp_path):
     draw, labels = np.random.default_rng(0), np.repeat([0.0, 1.0], 8)
     samples = [Sample(tmp_path / f"{i}.png", None, int(label), f"{i}.png") for i, label in enumerate(labels)]
-    last, valid = (Evaluation({"image_auroc": 0.5}, draw.random(16) + labels * by, labels, {}) for by in (0.1, 0.9))
+    last, valid = (Evaluation({"image_auroc": 0.5}, draw.random(16) + labels * by, labels, {}) for by in (0.1, 0.4))
     facts = [{"rule": "last", "step": 2}, {"rule": "valid", "step": 1}]
     others = {"valid": (valid, facts[1])}
     report.write(config.Config("two", data=config.DataConfig(root=tmp_path)), tmp_path, samples, last, facts[0], others)
     rules = json.loads((tmp_path / "metrics.json").read_text())["rules"]
     for name, evaluation in (("last", last), ("valid", valid)):
         expected = bootstrap(evaluation.scores, labels)
+        assert None not in expected.values()
         assert {name: tuple(interval) for name, interval in rules[name]["intervals"].items()} == expected

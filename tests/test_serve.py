@@ -440,9 +440,12 @@ def test_what_is_asked_for_is_what_is_served(tmp_path, monkeypatch, log, lines, 
     monkeypatch.setattr("iqe_jax.web.create_app", lambda detector, **settings: made.update(settings))
     monkeypatch.setattr(serve, "_server", lambda *_: SimpleNamespace(run=lambda sockets: sockets[0].close()))
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
-    line = [str(small_run(tmp_path / "run")), "--port", "0", "--token", TOKEN, "--allow-host", "scans.example"]
+    run = small_run(tmp_path / "run")
+    calibration.fit(np.linspace(0, 1, 40), np.repeat([0, 1], 20)).save(run)
+    line = [str(run), "--port", "0", "--token", TOKEN, "--allow-host", "scans.example"]
     serve.main([*line, "--prevalence", "0.1", "--max-frames", "3", "--log", log])
     assert (made["token"], made["prevalence"], made["limits"].max_frames) == (TOKEN, 0.1, 3)
+    assert made["about"]["prevalence"] == 0.1
     assert made["hosts"] == ("localhost", "127.0.0.1", "[::1]", "127.0.0.1", "scans.example")
     assert (made["log"] is not None, made["log_name"] is not None) == (bool(lines), bool(names))
 

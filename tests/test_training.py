@@ -530,7 +530,7 @@ def test_images_that_were_trained_on_calibrate_nothing_though_the_pool_has_grown
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "_score", score)
         evaluation.run_evaluation(recipe)
-    assert len(scored) == 2 and scored[1] and not scored[1] & support
+    assert len(scored) == 2 and scored[0] and not scored[0] & support
 
 
 def test_names_may_hold_any_bytes(few_shot, zero_shot, tiny_root, tmp_path):
@@ -958,6 +958,30 @@ def test_a_run_trained_from_a_given_adapter_is_scored_with_its_own(few_shot, gol
     samples = load_split(recipe.data.root, "brain", "test")
     detector = iqe_jax.Detector(trained.model, trained.frozen, trained.trainable, zero_shot=False)
     np.testing.assert_allclose(detector([s.image for s in samples]).score, list(scores(tmp_path).values()), atol=2e-5)
+
+
+def test_an_evaluation_tells_what_its_threshold_does_and_keeps_what_was_asked_of_it(tmp_path, capsys):
+    phantoms = config.load("phantom_fewshot")
+    recipe = at(phantoms, tmp_path, steps=1)
+    evaluation.run_evaluation(recipe)
+    found = json.loads((tmp_path / "metrics.json").read_text())["at_threshold"]
+    assert found["target"] == {"specificity": 0.95}
+    assert found["true_positives"] + found["false_negatives"] == 100
+    assert found["false_positives"] + found["true_negatives"] == 100
+    assert "at the calibrated threshold" in " ".join(capsys.readouterr().out.split())
+    calibration.main(["--run", str(tmp_path), "--sensitivity", "0.9"])
+    chosen = calibration.load(tmp_path)
+    evaluation.run_evaluation(recipe)
+    again = calibration.load(tmp_path)
+    assert chosen is not None and again is not None and again.target == {"sensitivity": 0.9}
+    assert again.threshold == pytest.approx(chosen.threshold)
+
+
+def test_a_part_of_a_published_set_is_called_one(few_shot, golden_files, golden_settings, tmp_path, capsys):
+    model = config.ModelConfig(**golden_settings, adapter=str(golden_files[1]))
+    evaluation.run_evaluation(at(dataclasses.replace(few_shot, model=model), tmp_path))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "test images, the published set brain has 3715: figures cannot be set beside published ones" in said
 
 
 def test_a_calibration_belongs_to_the_given_adapter_that_it_was_made_with(

@@ -11,12 +11,16 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from iqe_jax.cache import cache_dir
+from iqe_jax.data.scans import printable
+from iqe_jax.progress import console
 
 if TYPE_CHECKING:
     from iqe_jax.data.bmad_builder import Row
@@ -168,6 +172,7 @@ def _list_split(
             )
         folder = _child(within, ("img",)) or within
         images = _images(folder)
+        _tell_left_out(folder, images)
         if not images:
             raise FileNotFoundError(
                 f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); it holds {_held(folder)}"
@@ -182,6 +187,24 @@ def _list_split(
     # The digest covers the layout of the records too: raise the number when it changes.
     key = json.dumps([1, os.fsencode(base).hex(), split, [[r[0].hex(), r[1].hex(), r[2]] for r in rows], listing])
     return rows, hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _tell_left_out(folder: Path, images: list[Path]) -> None:
+    """Say which files of a folder of images are taken for none, once."""
+    taken, known = {image.name for image in images}, {_plain(name) for name in ("img", *_MASK_NAMES)}
+    rest = [entry for entry in _entries(folder) if entry not in taken and _plain(entry) not in known]
+    inside = {entry: sum(1 for _ in (folder / entry).rglob("*.*")) for entry in rest if (folder / entry).is_dir()}
+    said = [f"{n} in the folder {entry}" for entry, n in inside.items() if n]
+    suffixes = Counter(Path(entry).suffix.lower() for entry in rest if entry not in inside)
+    said += [f"{n} {suffix or 'without an ending'}" for suffix, n in suffixes.items()]
+    if said:
+        taken = f"images are {', '.join(sorted(IMAGE_SUFFIXES))} in it alone"
+        _say_once(f"Files of {printable(str(folder))} that are left out: {_some(said)}; {taken}")
+
+
+@cache
+def _say_once(message: str) -> None:
+    console.print(message, markup=False, highlight=False)
 
 
 def _masks(home: Path, within: Path, images: list[Path], set_name: str, *, required: bool) -> dict[str, Path]:

@@ -12,9 +12,10 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from benchmarks import serve_load
+from iqe_jax import calibration
 from tests.runs import small_run
 
 FLAGS = (
@@ -28,6 +29,7 @@ TOKEN = "a token for the tests"
 def service(tmp_path_factory):
     """The address of a service that asks for a token."""
     run = small_run(tmp_path_factory.mktemp("run") / "run")
+    calibration.fit(np.linspace(0, 1, 40), np.repeat([0, 1], [30, 10])).save(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IQE_JAX_TOKEN", TOKEN)
         process, port = serve_load.start_service(run, "--batch-size", "4")
@@ -100,7 +102,7 @@ def test_a_scan_and_its_heat_map(page, scans):
     assert at(page, "result").is_displayed()
     assert at(page, "name").text == "scan <b>.png"
     said = at(page, "said").text
-    assert "Score" in said and "90 × 60" in said
+    assert "Score" in said and "90 × 60" in said and "% where 25 % are anomalous" in said and ", threshold 0." in said
     assert not at(page, "volume").is_displayed()
     view = at(page, "view").size
     assert view["width"] / view["height"] == pytest.approx(1.5, abs=0.05)
@@ -125,7 +127,10 @@ def test_a_volume_slice_by_slice(page, scans):
     slider.send_keys(Keys.END)
     wait(page, lambda: at(page, "view").get_attribute("data-frame") == "4")
     assert (heat(page) != before).any()
-    assert at(page, "frame-shown").text == "5 of 5"
+    assert at(page, "frame-shown").text == slider.get_attribute("aria-valuetext") == "5 of 5"
+    page.execute_script("document.querySelector('details').open = true")
+    Select(at(page, "axis")).select_by_value("0")  # the volume that is shown is cut anew
+    wait(page, lambda: " of 20, " in at(page, "status").text)
 
 
 def test_a_bad_file_is_explained_and_the_next_one_works(page, scans):
@@ -133,7 +138,7 @@ def test_a_bad_file_is_explained_and_the_next_one_works(page, scans):
     assert "notes.txt is of no kind that is read" in at(page, "status").text
     assert not at(page, "result").is_displayed()
     give(page, scans / "scan <b>.png")
-    assert at(page, "status").text == "" and at(page, "result").is_displayed()
+    assert at(page, "status").text.startswith("scan <b>.png: score ") and at(page, "result").is_displayed()
 
 
 def test_dropping_a_file_and_reaching_all_by_keyboard(page, scans):
