@@ -62,7 +62,10 @@ predict = load()
 images = np.load({images!r})
 score, anomaly_map = predict(images)
 np.savez({out!r}, score=score, map=anomaly_map)
-for bad, word in ((images[0], "shape"), (images * 255, "values"), (images[:0], "shape"), (images * np.nan, "values")):
+for bad, word in (
+    *((images[0], "shape"), (images * 255, "values"), (images[:0], "shape"), (images * np.nan, "values")),
+    (images - 0.5, "values"),
+):
     try:
         predict(bad)
     except ValueError as error:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from iqe_jax import processes
@@ -231,9 +232,10 @@ def test_a_dying_process_ends_the_others_in_bounded_time(whole, tmp_path):
     assert finish(*processes, seconds=120)[0] != 0
 
 
-def test_a_place_among_processes_takes_the_word_that_there_are_several():
+@pytest.mark.parametrize("place", [("localhost:1234", 2, 1), (None, 2, None), (None, None, 0)])
+def test_a_place_among_processes_takes_the_word_that_there_are_several(place):
     with pytest.raises(ValueError, match=r"--coordinator, --processes and --process-id .* add --distributed"):
-        processes.start(False, "localhost:1234", 2, 1)
+        processes.start(False, *place)
 
 
 def test_a_message_may_hold_a_name_of_any_bytes(monkeypatch):
@@ -241,6 +243,29 @@ def test_a_message_may_hold_a_name_of_any_bytes(monkeypatch):
     monkeypatch.setattr(processes, "_allgather", lambda x: x[None])
     with pytest.raises(ValueError, match=r"could not look: *\n.*no folder h.+lle"), processes.together("look"):
         raise FileNotFoundError(f"no folder {os.fsdecode(b'h' + bytes([0xF6]) + b'lle')}")
+
+
+@pytest.mark.parametrize("start", ["", "x"])  # one of which is cut in the middle of a letter
+def test_a_message_may_be_longer_than_the_others_get_to_see(monkeypatch, start):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_allgather", lambda x: np.stack([np.zeros(processes.MESSAGE, np.uint8), x]))
+    with pytest.raises(ValueError, match=r"could not look: *\n *process 1 on .*: x?ää"), processes.together("look"):
+        raise FloatingPointError(start + "ä" * processes.MESSAGE)
+
+
+def test_a_flag_is_set_where_every_process_has_set_it(monkeypatch):
+    monkeypatch.setattr(processes, "_allgather", lambda x: np.stack([x, [True, False, False]]))
+    np.testing.assert_array_equal(processes.everywhere(np.array([True, True, False])), [True, False, False])
+
+
+def test_sigterm_is_heard_while_it_is_listened_for():
+    before = signal.getsignal(signal.SIGTERM)
+    with processes.Preemption() as preemption:
+        preemption.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(processes.Preempted, match="told to stop"):
+            preemption.check()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_one_process_lacks_is_said_by_all(whole, tmp_path):

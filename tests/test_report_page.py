@@ -21,6 +21,7 @@ import evaluate as evaluate_script
 from iqe_jax import calibration, config, evaluation, report, report_figures, report_page, saved_maps
 from iqe_jax.data.bmad import load_split
 from iqe_jax.pixel_metrics import Histogram
+from iqe_jax.weights import digest
 from tests.pages import HOSTILE, make_run
 
 PAPER = "chosen on test data"
@@ -407,7 +408,9 @@ def test_flags(monkeypatch, flags, report_is, maps_are):
     assert (asked[0].eval.report, asked[0].eval.save_maps) == (report_is, maps_are)
 
 
-def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_files, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_leaves_page_and_maps(
+    tiny_root, golden_settings, golden_files, golden_model, tmp_path, monkeypatch
+):
     """With a gallery smaller than the test set, so that its maps come from a second pass."""
     monkeypatch.setattr(report_page, "GALLERY", 6)
     model = config.ModelConfig(**golden_settings, adapter=str(golden_files[1]), sigma=2.0)
@@ -416,7 +419,7 @@ def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_f
         tmp_path,
         model,
         config.DataConfig(root=tiny_root),
-        eval=config.EvalConfig(batch_size=8, heatmaps=2, report=True, save_maps="png16"),
+        eval=config.EvalConfig(batch_size=8, heatmaps=8, report=True, save_maps="png16"),
     )
     evaluation.run_evaluation(recipe)
     samples = load_split(tiny_root, "brain", "test")
@@ -438,9 +441,9 @@ def test_an_evaluation_leaves_page_and_maps(tiny_root, golden_settings, golden_f
         assert score == scores[number]
         heat = np.asarray(pictures["heat"].convert("RGB"), float) / 255
         np.testing.assert_allclose(heat, report.colours(maps[number]), atol=0.02)
-    assert "Digest of the adapter" in text_of(page)
+    assert f"Digest of the adapter {digest(golden_model[2])}" in text_of(page)
     assert "the given adapter: how they were chosen is not known here" in text_of(page)
-    assert len(list((tmp_path / "heatmaps").iterdir())) == 3  # two and the overview, not the gallery's
+    assert len(list((tmp_path / "heatmaps").iterdir())) == 9  # eight and the overview, not the gallery's
 
     config_without = config.Config(
         "tiny",

@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +16,10 @@ import pytest
 
 from iqe_jax import processes
 from iqe_jax.config import MeshConfig, RuleConfig
-from iqe_jax.sharding import make_layout
+from iqe_jax.sharding import make_layout, reader_groups
 
 TESTS = Path(__file__).parent
+Device = namedtuple("Device", ["process_index", "row"])
 MESHES = ["data", "fsdp", "tensor", "mixed"]
 
 
@@ -70,10 +74,18 @@ def test_images_at_once_follow_the_memory(memory, asked, size):
     assert layout.at_once(asked, 50_000_000) == size
 
 
+@pytest.mark.parametrize(("memory", "asked", "size"), [(3e9, None, 64), (1e8, None, 8), (3e9, 5, 8), (0, None, 16)])
+def test_images_at_once_are_as_many_on_each_device(memory, asked, size):
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    vars(layout).update(memory=int(memory), batch_shards=8)
+    assert layout.at_once(asked, 50_000_000) == size
+
+
 def test_the_least_number_of_all_processes_may_be_large(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     gather = processes.multihost_utils
-    monkeypatch.setattr(gather, "process_allgather", lambda x, tiled: np.asarray(jnp.concatenate([x, x])))
+    larger = np.array([[70_000_000_000]]).view(np.uint8)
+    monkeypatch.setattr(gather, "process_allgather", lambda x, tiled: np.asarray(jnp.concatenate([larger, x])))
     assert processes.least(60_000_000_000) == 60_000_000_000
 
 
@@ -114,6 +126,27 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
         make_layout(MeshConfig(data=2))
     with pytest.raises(ValueError, match=r"mesh\.rules\.embed is .* twice"):
         make_layout(MeshConfig(rules=RuleConfig(embed=("fsdp", "fsdp"))))
+
+
+@pytest.mark.parametrize(
+    ("held", "groups"),
+    [
+        ([[0, 1], [2, 3]], [[0], [1]]),
+        ([[0, 1, 2, 3], [0, 1, 2, 3]], [[0, 1]]),
+        ([[0, 1, 2], [1, 2, 3]], None),
+        ([[0, 1, 2], [3]], None),
+    ],
+    ids=["apart", "the same", "overlapping", "of two sizes"],
+)
+def test_processes_hold_parts_of_a_batch_of_one_size_that_do_not_overlap(held, groups):
+    devices = [Device(process, row) for process, rows in enumerate(held) for row in rows]
+    batch = SimpleNamespace(devices_indices_map=lambda _: {d: (slice(d.row, d.row + 1),) for d in devices})
+    layout: Any = SimpleNamespace(batch_shards=4, batch=batch, mesh=SimpleNamespace(shape={"data": 4}))
+    if groups:
+        assert reader_groups(layout) == groups
+    else:
+        with pytest.raises(ValueError, match="processes would hold overlapping parts of a batch"):
+            reader_groups(layout)
 
 
 def test_a_mesh_that_does_not_fit_the_model_names_every_parameter(found):

@@ -10,6 +10,7 @@ import time
 import tracemalloc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,17 +25,20 @@ from iqe_jax import (
     calibration,
     config,
     evaluation,
+    evaluator,
     experiment,
     feature_files,
     features,
     pixel_metrics,
+    processes,
     sharding,
     train_state,
     trainer,
     training_data,
 )
 from iqe_jax.checkpoint import Checkpoints, RunDirectory, write_whole
-from iqe_jax.data.bmad import load_split
+from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.pipeline import FewShotBatches
 from iqe_jax.data.transforms import augment, load_image, load_mask
 from iqe_jax.feature_files import OnDisk
 from iqe_jax.metrics import IMAGE_METRICS, defined
@@ -341,6 +345,23 @@ def test_a_run_goes_on_with_what_it_was_begun_with_alone(few_shot, tiny_root, tm
         experiment.run_training(at(recipe, tmp_path / "run", epochs=2))
 
 
+def test_processes_compare_their_settings_and_training_images(few_shot, tiny_root, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(experiment.processes, "same_everywhere", lambda value: said.append(value) or [1])
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+
+    def compared(**train):
+        with pytest.raises(ValueError, match=r"processes \[1\] have other settings or training images"):
+            experiment.run_training(at(recipe, tmp_path / "run", **train))
+        return said[-1]
+
+    first = compared()
+    assert compared() == first and compared(learning_rate=0.5) != first
+    for sample in load_split(recipe.data.root, "brain", "valid"):
+        repaint(sample.image, lambda pixels: 255 - pixels)
+    assert compared() != first
+
+
 def test_a_run_directory_has_one_training_at_a_time(few_shot, tmp_path):
     recipe = at(few_shot, tmp_path, steps=1)
     other = RunDirectory(recipe)
@@ -455,6 +476,7 @@ def test_chosen_weights_are_the_best_and_labelled(few_shot, tmp_path, keep):
         assert metrics["image_auroc"] + metrics["pixel_auroc"] == pytest.approx(seen[best][0], abs=1e-6)
     detector = iqe_jax.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, dict(detector._trainable), seen[best][1])
+    assert (tmp_path / "calibration.json").exists() == (keep == "paper")  # what has chosen weights calibrates nothing
 
 
 def test_a_figure_chosen_on_test_data_says_so_on_screen(few_shot, tmp_path, capsys):
@@ -469,6 +491,27 @@ def test_valid_needs_images_that_are_not_support(few_shot, tmp_path):
     ):
         experiment.run_training(recipe)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("valid", "leaves 2 normal and 0 of the anomalous images"),
+        ("paper", "test split of own has images of one class"),
+    ],
+)
+def test_weights_are_chosen_by_images_of_both_classes(few_shot, tiny_root, tmp_path, keep, message):
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    if keep == "valid":
+        for sample in load_split(recipe.data.root, "brain", "valid")[-2:]:
+            sample.image.unlink()
+            sample.mask.unlink()
+    else:
+        (recipe.data.root / "Brain_AD").rename(recipe.data.root / "own")  # a set that may be without anomalous images
+        shutil.rmtree(recipe.data.root / "own" / "test" / "Ungood")
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, dataset="own"))
+    with pytest.raises(ValueError, match=message):
+        training_data.plan(at(recipe, None, keep=keep))
 
 
 # ---------------------------------------------------------------------------- zero-shot
@@ -531,6 +574,22 @@ def test_images_that_were_trained_on_calibrate_nothing_though_the_pool_has_grown
         patch.setattr(evaluation, "_score", score)
         evaluation.run_evaluation(recipe)
     assert len(scored) == 2 and scored[0] and not scored[0] & support
+
+
+@pytest.mark.parametrize(
+    ("shots", "part", "words"),
+    [(6, None, "no valid images are left"), (4, "valid", ""), (4, "valid/Ungood", "")],
+)
+def test_what_cannot_be_calibrated_is_no_error(few_shot, tiny_root, tmp_path, capsys, shots, part, words):
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    if part:
+        shutil.rmtree(recipe.data.root / "Brain_AD" / part)
+    data = dataclasses.replace(recipe.data, shots=shots)
+    recipe = dataclasses.replace(at(recipe, tmp_path / "run"), data=data)
+    nothing: Any = None  # neither weights nor a signal are asked for
+    evaluation.calibrate(recipe, RunDirectory(recipe), nothing, "last", LAYOUT, nothing)
+    assert f"Not calibrated: {words}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_names_may_hold_any_bytes(few_shot, zero_shot, tiny_root, tmp_path):
@@ -604,6 +663,34 @@ def test_features_are_held_once_while_they_are_gathered():
     assert peak < found.nbytes + 3 * 16 * 1000 * 4
 
 
+def test_features_take_the_memory_that_was_reckoned_with(zero_shot):
+    recipe = at(zero_shot, None, features="memory", feature_dtype="bfloat16")
+    model, frozen = experiment.load_model(recipe.model, LAYOUT)
+    plan = training_data.plan(recipe)
+    for samples, kept in zip(
+        plan.training.values(), training_data.load(recipe, plan, model, frozen, LAYOUT), strict=True
+    ):
+        arrays = training_data._arrays(kept)
+        taken = sum(array.nbytes for array in arrays.values()) - kept.labels.nbytes
+        assert taken == features.size_in_bytes(model, samples, recipe)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_features_stop_where_they_are_told_to(zero_shot, tmp_path, monkeypatch, place):
+    monkeypatch.setenv("IQE_JAX_CACHE", str(tmp_path))
+    recipe = at(zero_shot, None, features=place)
+    model, frozen = experiment.load_model(recipe.model, LAYOUT)
+    plan, asked = training_data.plan(recipe), []
+
+    def check():
+        asked.append(1)
+        if len(asked) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        training_data.load(recipe, plan, model, frozen, LAYOUT, check)
+
+
 def test_features_on_disk_hold_no_file_open(tmp_path):
     def opened():
         return sum(1 for _ in Path("/dev/fd").iterdir())
@@ -616,6 +703,13 @@ def test_features_on_disk_hold_no_file_open(tmp_path):
     array = feature_files.OnDisk(shards, np.dtype(np.float32))
     np.testing.assert_array_equal(np.stack([array[i] for i in range(40)])[[0, 1, 39]], [rows[0], rows[1], rows[1] + 19])
     assert opened() == before
+
+
+def test_a_shard_that_another_run_wrote_first_stays(tmp_path):
+    for value in (1, 2):
+        feature_files.write(tmp_path / "0", {"tokens": np.full((2, 3), value)})
+    np.testing.assert_array_equal(np.load(tmp_path / "0" / "tokens.npy"), np.ones((2, 3)))
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 def test_features_that_may_not_be_read_are_no_damaged_ones(tmp_path, monkeypatch):
@@ -816,9 +910,12 @@ def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_roo
         return real(*args)
 
     monkeypatch.setattr(features, "run_tower", tower)
+    room = []
+    monkeypatch.setattr(features, "check_room", lambda folder, needed, title: room.append(needed))
     with pytest.raises(Stopped):
         of_samples(recipe, model, frozen, samples)
     resumed = of_samples(recipe, model, frozen, samples)
+    assert room == [features.size_in_bytes(model, samples, recipe), room[0] / 2]
     assert len(runs) == 5 + 3  # 7 batches of 3; the two shards of 6 that were whole are not computed again
     np.testing.assert_array_equal(rows(resumed, "patch_tokens"), rows(whole, "patch_tokens"))
     np.testing.assert_array_equal(rows(resumed, "masks"), rows(whole, "masks"))
@@ -833,6 +930,17 @@ def test_features_go_on_where_they_were_stopped(few_shot, golden_model, tiny_roo
     mended = of_samples(recipe, model, frozen, samples)
     assert len(runs) == 6  # the fourth shard is whole
     np.testing.assert_array_equal(rows(mended, "patch_tokens"), rows(whole, "patch_tokens"))
+
+
+def test_one_batch_may_fill_several_shards(few_shot, golden_model, tiny_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("IQE_JAX_CACHE", str(tmp_path))
+    model, frozen, _ = golden_model
+    recipe = dataclasses.replace(few_shot, model=model.config, eval=dataclasses.replace(few_shot.eval, batch_size=16))
+    samples = load_split(tiny_root, "liver", "test")
+    monkeypatch.setattr(features, "SHARD", 3)
+    kept = of_samples(recipe, model, frozen, samples)
+    whole = features.of_samples(model, frozen, samples, recipe, LAYOUT, title="liver", budget=1e12)
+    np.testing.assert_array_equal(rows(kept, "patch_tokens"), rows(whole, "patch_tokens"))
 
 
 def test_a_full_disk_is_found_out_before_any_work(few_shot, golden_model, tiny_root, monkeypatch):
@@ -901,6 +1009,22 @@ def test_a_dry_run_compiles_the_step_that_the_run_takes(few_shot, tmp_path, monk
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_dry_run_shows_what_will_be_run(few_shot, tmp_path, monkeypatch, begun):
+    steps, scorings = [], []
+    monkeypatch.setattr(experiment, "train_footprint", lambda *a, masks: steps.append(masks))
+    monkeypatch.setattr(experiment, "evaluation_footprints", lambda *a, masks: scorings.append(masks) or [])
+    monkeypatch.setattr(experiment, "footprint_table", lambda *a, **k: "")
+    model = dataclasses.replace(few_shot.model, adapter="given.pth")
+    recipe = dataclasses.replace(few_shot, model=model, data=dataclasses.replace(few_shot.data, dataset="chest"))
+    recipe = at(recipe, tmp_path / "run")
+    if begun:
+        RunDirectory(recipe).claim()
+        (tmp_path / "run" / "checkpoints").mkdir()
+    experiment.dry_run(recipe, scoring=True)
+    assert (steps, scorings) == ([False] * begun, [False])
+
+
 def test_a_dry_run_of_a_given_adapter_asks_for_no_training_sets(few_shot, tiny_root, tmp_path, capsys):
     (brain,) = [path for path in tiny_root.iterdir() if "brain" in path.name.lower()]
     shutil.copytree(brain, tmp_path / "sets" / brain.name)
@@ -928,6 +1052,68 @@ def test_a_given_adapter_has_no_seeds_to_compare(few_shot, golden_files, tmp_pat
     recipe = dataclasses.replace(few_shot, model=model, eval=dataclasses.replace(few_shot.eval, seeds=3))
     with pytest.raises(ValueError, match=r"eval.seeds is 3, but model.adapter gives the weights"):
         evaluation.run_evaluation(at(recipe, tmp_path))
+
+
+def test_a_given_adapter_has_no_rules_to_compare(few_shot, golden_files, tmp_path):
+    model = dataclasses.replace(few_shot.model, adapter=str(golden_files[1]))
+    with pytest.raises(ValueError, match=r"eval\.protocols compares weights that a run keeps"):
+        evaluation.run_evaluation(dataclasses.replace(side_by_side(few_shot, tmp_path, "paper"), model=model))
+
+
+def test_scoring_stops_where_it_is_told_to(few_shot, golden_files, golden_settings, tmp_path, monkeypatch):
+    model = config.ModelConfig(**golden_settings, adapter=str(golden_files[1]))
+    monkeypatch.setattr(evaluation.Preemption, "reached", lambda _: True)
+    with pytest.raises(processes.Preempted):
+        evaluation.run_evaluation(dataclasses.replace(at(few_shot, tmp_path / "run"), model=model))
+    assert not (tmp_path / "run" / "scores.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def scored(few_shot, golden_model, tiny_root):
+    """Ten images scored by two adapters, 2 at a time, with the maps that were handed over, and in which order."""
+    model, frozen, trainable = golden_model
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, score="max"))
+    samples = load_split(tiny_root, "brain", "test")[5:15]
+    events, maps = [], []
+    found = evaluator.evaluate_each(
+        model,
+        {"first": trainable, "second": jax.tree.map(lambda x: x * 1.1, trainable)},
+        frozen,
+        features.stream(model, frozen, samples, 2, few_shot.data, LAYOUT),
+        zero_shot=False,
+        layout=LAYOUT,
+        keep_maps=(1, 6, 9),
+        on_maps=lambda first, batch: events.append(first) or maps.extend(batch),
+        check=lambda: events.append("check"),
+    )
+    return found, maps, events
+
+
+def test_maps_are_those_of_the_images_asked_for_by_the_first_adapter(scored):
+    found, maps, _ = scored
+    assert list(found["first"].maps) == [1, 6, 9] and not found["second"].maps
+    for number, segmentation in found["first"].maps.items():
+        np.testing.assert_array_equal(segmentation, maps[number])
+    np.testing.assert_allclose([x.max() for x in maps], found["first"].reductions["max"], rtol=1e-6)
+    assert np.abs(found["first"].scores - found["second"].scores).max() > 1e-5
+
+
+def test_the_score_is_the_one_that_the_config_asks_for(scored):
+    for found in scored[0].values():
+        np.testing.assert_array_equal(found.scores, found.reductions["max"])
+        assert np.abs(found.reductions["official"] - found.scores).max() > 1e-3
+
+
+def test_no_more_than_a_few_batches_wait(scored):
+    assert scored[2] == [*["check"] * 3, 0, "check", 2, "check", 4, 6, 8]
+
+
+def test_scores_that_are_no_numbers_stop_an_evaluation(few_shot, golden_model, tiny_root):
+    model, frozen, trainable = golden_model
+    batches = features.stream(model, frozen, load_split(tiny_root, "brain", "test")[:2], 2, few_shot.data, LAYOUT)
+    broken = jax.tree.map(lambda x: x * np.nan, trainable)
+    with pytest.raises(FloatingPointError, match="the score of image 0 is nan"):
+        evaluator.evaluate(model, broken, frozen, batches, zero_shot=False, layout=LAYOUT)
 
 
 def test_counters_of_pixels_are_widened_in_time(few_shot, golden_files, golden_settings, tmp_path, monkeypatch):
@@ -991,7 +1177,7 @@ def test_a_calibration_belongs_to_the_given_adapter_that_it_was_made_with(
     model = dataclasses.replace(few_shot.model, **golden_settings, adapter=str(given))
     recipe = dataclasses.replace(at(few_shot, tmp_path / "run"), model=model)
     evaluation.run_evaluation(recipe)
-    assert calibration.load(tmp_path / "run") is not None
+    assert len(calibration.load(tmp_path / "run").labels) == 4  # the support may have trained it: same seed, same draw
     given.write_bytes(given.read_bytes() + b" ")
     with pytest.raises(ValueError, match="was made with other weights than those of"):
         calibration.load(tmp_path / "run")
@@ -1025,6 +1211,15 @@ def test_an_official_support_list_is_used_as_it_stands(few_shot, tmp_path):
     experiment.run_training(recipe)
     support = json.loads((tmp_path / "run" / "kept.json").read_text())["support"]
     assert support == ["good/003.png", "good/001.png", "ungood/000.png", "ungood/005.png"]
+    listed.write_text(
+        "n-0: 003.png 001.png\na-0: 000.png 005.png\nn-1: 002.png 004.png\na-1: 001.png 003.png\n"
+        "n-2: 000.png 001.png\na-2: 000.png\n"
+    )
+    runs = experiment.seeds(dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, seeds=3)))
+    assert training_data.plan(next(runs)).names == support
+    assert training_data.plan(next(runs)).names == ["good/002.png", "good/004.png", "ungood/001.png", "ungood/003.png"]
+    with pytest.raises(ValueError, match=r"row 2 of .* names 2 normal and 1 anomalous images"):
+        training_data.plan(next(runs))
     four = dataclasses.replace(recipe, run_dir=tmp_path / "four", data=dataclasses.replace(data, shots=4))
     with pytest.raises(ValueError, match=r"names 2 normal and 2 anomalous images, but data\.shots is 4"):
         experiment.run_training(four)
@@ -1071,6 +1266,20 @@ def test_padding_of_a_batch_changes_neither_loss_nor_gradients(golden_model):
 
     one, other = (compiled.gradients(trainable, model, frozen, batch) for batch in (small, padded))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, other)
+
+
+def test_rows_that_fill_a_batch_up_for_the_devices_count_nothing():
+    chosen = training_data._chosen(FewShotBatches(5, 3, seed=0), 0, np.arange(4))
+    np.testing.assert_array_equal(chosen.weight, [1, 1, 1, 0])
+    np.testing.assert_array_equal(chosen.indices[3], chosen.indices[0])
+
+
+def test_few_training_images_are_told_apart_by_all_their_bytes(tmp_path):
+    image, seen = tmp_path / "a.png", set()
+    for content in (b"one", b"two"):
+        image.write_bytes(content)
+        seen.add(training_data.Plan({"brain": [Sample(image, None, 0, "good/a.png")]}, {}).digest)
+    assert len(seen) == 2
 
 
 # ---------------------------------------------------------------------------- several rules and several seeds
