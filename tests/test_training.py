@@ -1060,12 +1060,14 @@ def test_a_given_adapter_has_no_rules_to_compare(few_shot, golden_files, tmp_pat
         evaluation.run_evaluation(dataclasses.replace(side_by_side(few_shot, tmp_path, "paper"), model=model))
 
 
-def test_scoring_stops_where_it_is_told_to(few_shot, golden_files, golden_settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shots", [4, 6])  # 6 are the whole pool: with nothing to calibrate on, scoring comes first
+def test_scoring_stops_where_it_is_told_to(few_shot, golden_files, golden_settings, tmp_path, monkeypatch, shots):
     model = config.ModelConfig(**golden_settings, adapter=str(golden_files[1]))
     monkeypatch.setattr(evaluation.Preemption, "reached", lambda _: True)
+    recipe = dataclasses.replace(few_shot, model=model, data=dataclasses.replace(few_shot.data, shots=shots))
     with pytest.raises(processes.Preempted):
-        evaluation.run_evaluation(dataclasses.replace(at(few_shot, tmp_path / "run"), model=model))
-    assert not (tmp_path / "run" / "scores.csv").exists()
+        evaluation.run_evaluation(at(recipe, tmp_path / "run"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
 
 
 @pytest.fixture(scope="module")
