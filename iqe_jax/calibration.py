@@ -86,9 +86,9 @@ class Calibration:
         The counts of each outcome, and sensitivity, specificity and precision with 95 % intervals after Clopper and
         Pearson, None where there is no image to take them of.
         """
-        if self.threshold is None:
+        if (called := self.decision(scores)) is None:
             return None
-        called, anomalous = np.asarray(scores) >= self.threshold, np.asarray(labels) == 1
+        anomalous = np.asarray(labels) == 1
         counts = {
             "true_positives": int((called & anomalous).sum()),
             "false_positives": int((called & ~anomalous).sum()),

@@ -3,6 +3,8 @@
 All at the scan's own resolution and in its own geometry. What is mapped, and when, is prediction.py's to say.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,18 +67,25 @@ def write_picture(path: Path, shown: UInt8[np.ndarray, "height width 3"]) -> Non
     Image.fromarray(shown).save(path)
 
 
+@contextmanager
+def _header_that(scan: Scan, cannot: str) -> Iterator[None]:
+    """Turn whatever nibabel or pydicom make of an odd header into a ScanError; their words may hold a patient's."""
+    try:
+        with Quiet():
+            yield
+    except OSError:
+        raise
+    except Exception:
+        raise ScanError(f"{scan.name} has a header that {cannot}") from None
+
+
 def write_volume(path: Path, scan: Scan, maps: UInt16[np.ndarray, "slice height width"]) -> None:
     """The maps of all slices as a NIfTI volume of the scan's shape, affine and units; 0 … 65535 stands for 0 … 1.
 
     Raises ScanError where the scan's header is such that it cannot be written again.
     """
-    try:
-        with Quiet():
-            _write_volume(path, scan, maps)
-    except OSError:
-        raise
-    except Exception:  # whatever nibabel makes of odd fields
-        raise ScanError(f"{scan.name} has a header that no map can be given: use --no-heatmaps") from None
+    with _header_that(scan, "no map can be given: use --no-heatmaps"):
+        _write_volume(path, scan, maps)
 
 
 def _write_volume(path: Path, scan: Scan, maps: UInt16[np.ndarray, "slice height width"]) -> None:
@@ -111,16 +120,9 @@ def write_secondary_capture(
     Patient and study are the source's and the source is referred to, unless `origin.redact`. Raises ScanError where the
     source's header is such that they cannot be written again.
     """
-    try:
-        with Quiet():
-            made = _secondary_capture(scan, index, shown, score, origin)
-            made.save_as(path, enforce_file_format=True)
-    except OSError:
-        raise
-    except Exception:  # whatever pydicom makes of odd elements; its words may hold a patient's
-        raise ScanError(
-            f"{scan.name} has a header that no Secondary Capture can be made of: use --dicom none"
-        ) from None
+    with _header_that(scan, "no Secondary Capture can be made of: use --dicom none"):
+        made = _secondary_capture(scan, index, shown, score, origin)
+        made.save_as(path, enforce_file_format=True)
 
 
 def _secondary_capture(
