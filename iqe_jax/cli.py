@@ -33,7 +33,7 @@ class Launch:
     timeout: int = 300
     """Seconds to wait for the other processes before giving up."""
     dry_run: bool = False
-    """Look for all that is needed, compile, print the bytes per device, and stop."""
+    """Look at all files that are needed, compile, print the bytes per device, and stop."""
 
 
 def parse(argv: Sequence[str], *, program: str, description: str) -> tuple[Launch, Config]:

@@ -4,15 +4,17 @@ Everything that can be missing is looked for before the first image is read.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import jax
 from rich.console import Console
 
 from iqe_jax import features, processes, training_data
 from iqe_jax.checkpoint import RunDirectory, other_than
 from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import Sample, load_split
+from iqe_jax.data.pipeline import check_files
 from iqe_jax.data.transforms import AUGMENTATIONS
 from iqe_jax.footprint import evaluation_footprints, footprint_table, train_footprint
 from iqe_jax.models.iqe_clip import IqeClip, Params
@@ -66,6 +68,8 @@ def train_run(config: Config, layout: Layout, preemption: Preemption) -> Trained
         plan = training_data.plan(config, run.rules)
     if others := processes.same_everywhere(f"{plan.digest} {to_json(config)}".encode()):
         raise ValueError(f"processes {others} have other settings or training images than process 0")
+    if run.finished_at is None:
+        look_at(plan.samples)
     with processes.together("load the weights"):
         model, frozen = load_model(config.model, layout)
         trainer = Trainer(config, model, frozen, plan, layout, preemption)
@@ -94,7 +98,7 @@ def _kept(trainer: Trainer) -> Trained:
 
 
 def dry_run(config: Config, *, scoring: bool = False) -> None:
-    """Look for the images of a run, compile its programs, and print what they need on each device; nothing is run.
+    """Look at the images of a run, compile its programs, and print what they need on each device; nothing is run.
 
     Where evaluate.py asks, for `scoring`, and a given adapter is all that is scored, training is left out. Weights are
     not loaded where their sizes are known. Raises as `run_training` does for what is missing, and ValueError where the
@@ -106,7 +110,9 @@ def dry_run(config: Config, *, scoring: bool = False) -> None:
         run = RunDirectory(config)
         scored = load_split(config.data.root, config.data.dataset, "test") if scoring else []
         plan = None if scoring and config.model.adapter and not run.begun else training_data.plan(config)
+        read = [*scored, *(valid_pool(config) if scoring else ()), *(plan.samples if plan else ())]
         model = describe(config.model)
+    look_at(read)
     console.print("Compiling, which for a full-size model takes minutes")
     programs = evaluation_footprints(model, config, layout, masks=not scored or _has_masks(scored))
     kept = None
@@ -137,6 +143,20 @@ def _kept_features(config: Config, plan: training_data.Plan, model: IqeClip, lay
 
 def _has_masks(samples: list[Sample]) -> bool:
     return any(sample.mask for sample in samples)
+
+
+def valid_pool(config: Config) -> list[Sample]:
+    """The images that an evaluation is calibrated on; none where there is no such split, which is no error there."""
+    try:
+        return load_split(config.data.root, config.data.dataset, "valid")
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def look_at(samples: Sequence[Sample]) -> None:
+    """Look at the headers of image files, each process at its share of them; raises ValueError naming bad ones."""
+    with processes.together("use the images"):
+        check_files(samples[jax.process_index() :: jax.process_count()])
 
 
 def render(config: Config) -> None:

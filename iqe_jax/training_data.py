@@ -45,7 +45,7 @@ NORMALS_ONLY = (
 
 @dataclass(frozen=True)
 class Plan:
-    """The image files of a run, by role. Reading pixels has not begun; all that can be missing has been looked for."""
+    """The image files of a run, by role. Reading them has not begun; all that can be missing has been looked for."""
 
     training: dict[str, list[Sample]]
     """By set: few-shot the support, zero-shot whole test splits."""
@@ -56,6 +56,12 @@ class Plan:
     def names(self) -> list[str]:
         """Names of all training images."""
         return [sample.name for samples in self.training.values() for sample in samples]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All images that will be read, of training and then of the choice of weights."""
+        roles = (self.training, self.selection)
+        return [sample for role in roles for samples in role.values() for sample in samples]
 
     @cached_property
     def digest(self) -> str:

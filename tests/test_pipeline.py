@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from iqe_jax.data.bmad import Sample
-from iqe_jax.data.pipeline import FewShotBatches, LeaveOneOutBatches, image_batches, results_ahead
+from iqe_jax.data.pipeline import FewShotBatches, LeaveOneOutBatches, check_files, image_batches, results_ahead
 from iqe_jax.data.transforms import load_image, load_mask, region_shares
 
 
@@ -47,6 +47,27 @@ def check(batches: list, samples: list[Sample], with_masks: bool = True) -> None
             expected = load_mask(mask, 16) if with_masks and mask else np.zeros((16, 16))
             np.testing.assert_array_equal(batch["mask"][slot], expected)
             assert (batch["label"][slot], batch["weight"][slot]) == (samples[i].label, 1)
+
+
+def test_all_files_that_cannot_be_used_are_named_at_once(tmp_path):
+    samples = make_samples(tmp_path, 100)
+    check_files(samples)
+    check_files([])
+    assert samples[97].mask
+    Image.new("L", (9, 9)).save(samples[97].mask)
+    with pytest.raises(ValueError, match=r"^image \S*97\.png is 20×30 .* its mask \S*97_mask\.png is 9×9: .*equal$"):
+        check_files(samples)
+    samples[3].image.unlink()
+    samples[40].image.write_bytes(b"")
+    with pytest.raises(ValueError) as raised:
+        check_files(samples)
+    first, *rest = str(raised.value).split("\n  ")
+    assert first == "3 of 100 images cannot be used:"
+    assert [name in line for name, line in zip(("3.png", "40.png", "97.png"), rest, strict=True)] == [True] * 3
+    for sample in samples[10:30]:
+        sample.image.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^23 of 100 (.*\n){20}.*\n  and 3 more$"):
+        check_files(samples)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

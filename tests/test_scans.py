@@ -20,7 +20,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from iqe_jax.data import dicom
 from iqe_jax.data.scans import Quiet, ScanError, open_scan
-from iqe_jax.data.transforms import load_image
+from iqe_jax.data.transforms import check_header, load_image
 
 # What the two packages ship; nothing is downloaded.
 DICOM = Path(pydicom.__path__[0]) / "data" / "test_files"
@@ -107,6 +107,15 @@ def test_floats_need_a_window(tmp_path):
 
 
 # ---------------------------------------------------------------------------- DICOM
+
+
+def test_headers_of_images_and_masks_are_compared(tmp_path):
+    values, _ = rescaled("MR_small.dcm")
+    upper = changed(tmp_path, "MR_small.dcm", Rows=values.shape[0] // 2)
+    Image.new("L", (values.shape[1], values.shape[0] // 2)).save(tmp_path / "mask.png")
+    check_header(upper, tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=rf"MR_small\.dcm is {values.shape[0]}×.*mask\.png is {values.shape[0] // 2}×"):
+        check_header(Path(DICOM / "MR_small.dcm"), tmp_path / "mask.png")
 
 
 def rescaled(name):

@@ -1237,8 +1237,39 @@ def test_without_weights_the_message_says_what_to_get(few_shot, tmp_path, monkey
 def test_an_unreadable_image_is_named(few_shot, tiny_root, tmp_path):
     recipe = with_own_data(few_shot, tiny_root, tmp_path)
     (recipe.data.root / "Brain_AD/test/Ungood/img/003.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ValueError, match=r"Ungood/img/003\.png"):
-        evaluation.run_evaluation(at(recipe, tmp_path / "run", steps=1))
+    run = at(recipe, tmp_path / "run", steps=1)
+    for work in (evaluation.run_evaluation, lambda config: experiment.dry_run(config, scoring=True)):
+        with pytest.raises(ValueError, match=r"Ungood/img/003\.png cannot be read"):
+            work(run)
+        assert not (tmp_path / "run").exists()  # before any work
+    experiment.run_training(run)  # which does not need it
+    experiment.dry_run(run)
+
+
+@pytest.mark.parametrize(("split", "keep"), [("valid", "valid"), ("test", "paper")])
+def test_an_unreadable_image_that_weights_are_chosen_by_is_named_before_training(
+    few_shot, tiny_root, tmp_path, split, keep
+):
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    for path in (recipe.data.root / f"Brain_AD/{split}/good/img").iterdir():
+        path.write_bytes(b"")
+    run = at(recipe, tmp_path / "run", steps=1, keep=keep)
+    for work in (experiment.run_training, experiment.dry_run):
+        with pytest.raises(ValueError, match=r"images cannot be used:\n  .*is empty"):
+            work(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_image_of_the_pool_is_named_before_training(few_shot, tiny_root, tmp_path):
+    recipe = with_own_data(few_shot, tiny_root, tmp_path)
+    pool = load_split(recipe.data.root, "brain", "valid")
+    support = {sample.name for sample in training_data.plan(recipe).training["brain"]}
+    next(sample.image for sample in pool if sample.name not in support).write_bytes(b"no image")
+    run = at(recipe, tmp_path / "run", steps=1)
+    for work in (evaluation.run_evaluation, lambda config: experiment.dry_run(config, scoring=True)):
+        with pytest.raises(ValueError, match=r"valid/.* cannot be read"):
+            work(run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_takes_another_learning_rate_than_its_state_was_made_with(golden_model):

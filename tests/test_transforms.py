@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from iqe_jax.data import transforms
-from iqe_jax.data.transforms import augment, load_image, load_mask, load_pair
+from iqe_jax.data.transforms import augment, check_header, load_image, load_mask, load_pair
 from tests.parity import golden
 
 GOLDEN = Path(__file__).parent / "parity" / "tiny.npz"
@@ -94,6 +94,8 @@ def test_sixteen_bits(tmp_path):
         load_image(save(tmp_path / "f.tif", Image.fromarray(np.ones((2, 2), np.float32))), 4)
     with pytest.raises(ValueError, match=r"f\.tif holds floating-point values"):
         load_mask(tmp_path / "f.tif", 4)
+    with pytest.raises(ValueError, match=r"^image .*f\.tif holds floating-point values"):
+        check_header(tmp_path / "f.tif", None)
 
 
 def test_mask_is_resized_by_nearest_neighbour(tmp_path):
@@ -169,7 +171,7 @@ def test_pair_and_its_sizes(tmp_path):
     image, mask = save(tmp_path / "i.png", noise(30, 20)), save(tmp_path / "m.png", noise(30, 20, 1))
     pixels, marks = load_pair(image, mask, 16)
     np.testing.assert_array_equal(pixels, load_image(image, 16))
-    np.testing.assert_array_equal(marks, load_mask(mask, 16, (30, 20)))
+    np.testing.assert_array_equal(marks, load_mask(mask, 16))
     pixels, marks = load_pair(image, None, 16)
     np.testing.assert_array_equal(pixels, load_image(image, 16))
     assert marks.shape == (16, 16)
@@ -177,8 +179,10 @@ def test_pair_and_its_sizes(tmp_path):
     other = save(tmp_path / "o.png", noise(20, 30, 1))
     with pytest.raises(ValueError, match=r"image .*i\.png is 30×20 .* its mask .*o\.png is 20×30"):
         load_pair(image, other, 16)
-    with pytest.raises(ValueError, match=r"mask .*o\.png is 20×30 .* its image 30×20"):
-        load_mask(other, 16, (30, 20))
+    with pytest.raises(ValueError, match=r"image .*i\.png is 30×20 .* its mask .*o\.png is 20×30"):
+        check_header(image, other)
+    check_header(image, mask)
+    check_header(image, None)
 
 
 def test_unreadable_files_are_named(tmp_path, monkeypatch):
@@ -198,8 +202,14 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
         for load in (load_image, load_mask):
             with pytest.raises(ValueError, match=rf"{name}\.png {message}"):
                 load(tmp_path / f"{name}.png", 16)
+        if name != "broken":  # further on than its header
+            for pair in ((tmp_path / f"{name}.png", None), (good_png, tmp_path / f"{name}.png")):
+                with pytest.raises(ValueError, match=rf"{name}\.png {message}"):
+                    check_header(*pair)
     with pytest.raises(FileNotFoundError, match=r"no image file at .*gone\.png"):
         load_image(tmp_path / "gone.png", 16)
+    with pytest.raises(FileNotFoundError, match=r"no image file at .*gone\.png"):
+        check_header(good_png, tmp_path / "gone.png")
     for limit in (3000, 1000):  # Pillow warns at the first and refuses at the second; 4096 pixels
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match=r"a\.png cannot be read .*4096 pixels"):

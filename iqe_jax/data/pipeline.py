@@ -8,9 +8,9 @@ import atexit
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
@@ -18,9 +18,13 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from iqe_jax.data.bmad import Sample
-from iqe_jax.data.transforms import load_image, load_pair, region_shares
+from iqe_jax.data.transforms import check_header, load_image, load_pair, region_shares
+from iqe_jax.progress import track
 
 T = TypeVar("T")
+
+_AT_ONCE = 16  # files whose headers are waited for, which on a disk across a network takes milliseconds each
+_NAMED_AT_MOST = 20  # files in one error message
 
 _live: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # iterations that have not been dropped
 
@@ -41,6 +45,34 @@ class IndexBatch(NamedTuple):
     set_index: int
     indices: Int32[np.ndarray, "batch"]
     weight: Float32[np.ndarray, "batch"]
+
+
+def check_files(samples: Sequence[Sample]) -> None:
+    """Look at the headers of all images and masks, so that hours of work do not end at a file that is none.
+
+    Pixels are not decoded, so a file whose end is missing is found when its turn comes.
+
+    Raises ValueError naming every file that is empty, no image, of a kind that is not read or a mask of another size
+    than its image; of more than 20 the first.
+    """
+
+    def fault(sample: Sample) -> str | None:
+        try:
+            check_header(sample.image, sample.mask)
+        except (ValueError, OSError) as found:
+            return str(found)
+        return None
+
+    with ThreadPoolExecutor(_AT_ONCE, "headers") as pool:
+        jobs = ((0, partial(fault, sample)) for sample in samples)
+        looked_at = track(results_ahead(pool, jobs, 4 * _AT_ONCE), "Looking at the images", total=len(samples))
+        bad = [found for found in looked_at if found]
+    if len(bad) == 1:
+        raise ValueError(bad[0])
+    if bad:
+        more = [f"and {len(bad) - _NAMED_AT_MOST} more"] if len(bad) > _NAMED_AT_MOST else []
+        lines = "\n  ".join([*bad[:_NAMED_AT_MOST], *more])
+        raise ValueError(f"{len(bad)} of {len(samples)} images cannot be used:\n  {lines}")
 
 
 def image_batches(

@@ -5,6 +5,7 @@ scans.py opens. Which files to open is for bmad.py to say, batches are made in p
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 
@@ -34,28 +35,17 @@ def load_image(path: Path, size: int) -> Float32[np.ndarray, "size size 3"]:
     return image_array(_open(path), path, size)
 
 
-def load_mask(path: Path, size: int, image_size_hw: tuple[int, int] | None = None) -> Float32[np.ndarray, "size size"]:
+def load_mask(path: Path, size: int) -> Float32[np.ndarray, "size size"]:
     """A mask in [0, 1], resized to size×size by nearest neighbour; binarising it is the loss's work.
 
     Masks whose only values are 0 and one other are taken as 0 and 255, and 16-bit ones of no more than 255 as 8-bit
     ones, since nothing else can be meant. Of a coloured mask the strongest channel counts.
 
-    Args:
-      path: the mask file.
-      size: side of the result.
-      image_size_hw: height and width of the mask's image on disk, where they are to be compared.
-
     Raises:
       FileNotFoundError: no such file.
-      ValueError: as `load_image`; or the mask is not of the size of its image; or it holds numbers of several classes.
+      ValueError: as `load_image`; or the mask holds numbers of several classes.
     """
-    mask = _open(path)
-    if image_size_hw is not None and mask.size != (image_size_hw[1], image_size_hw[0]):
-        raise ValueError(
-            f"mask {path} is {mask.height}×{mask.width} (height × width), its image "
-            f"{image_size_hw[0]}×{image_size_hw[1]}: they must be equal"
-        )
-    return _mask_array(mask, path, size)
+    return _mask_array(_open(path), path, size)
 
 
 def load_pair(
@@ -72,11 +62,7 @@ def load_pair(
     if mask is None:
         return pixels, np.zeros((size, size), np.float32)
     opened_mask = _open(mask)
-    if opened.size != opened_mask.size:
-        raise ValueError(
-            f"image {image} is {opened.height}×{opened.width} (height × width), its mask {mask} is "
-            f"{opened_mask.height}×{opened_mask.width}: they must be equal"
-        )
+    _check_same_size(image, opened.size, mask, opened_mask.size)
     return pixels, _mask_array(opened_mask, mask, size)
 
 
@@ -160,16 +146,62 @@ def _reflect(coordinate: Float32[np.ndarray, "..."], size: int) -> Float32[np.nd
     return np.clip(folded - 0.5, 0, size - 1)
 
 
-def _open(path: Path) -> Image.Image:
-    """The decoded first frame. All decoding faults become one ValueError that names the file."""
+def check_header(image: Path, mask: Path | None) -> None:
+    """Raise as `load_pair` for what the headers of an image and its mask tell; pixels are not decoded."""
+    size = _size(image)
+    if mask is not None:
+        _check_same_size(image, size, mask, _size(mask))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height of an image, by its header."""
+    _check_there(path)
+    if _is_dicom(path):
+        from iqe_jax.data.scans import open_scan
+
+        height, width = open_scan(path).size
+        return width, height
+    with _opened(path) as image:
+        mode, size = image.mode, image.size
+    _check_fixed_range(mode, path)
+    return size
+
+
+def _check_same_size(image: Path, size: tuple[int, int], mask: Path, mask_size: tuple[int, int]) -> None:
+    if size != mask_size:
+        raise ValueError(
+            f"image {image} is {size[1]}×{size[0]} (height × width), its mask {mask} is "
+            f"{mask_size[1]}×{mask_size[0]}: they must be equal"
+        )
+
+
+def _check_there(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no image file at {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"image {path} is empty (0 bytes): get it again")
-    if path.suffix.lower() in (".dcm", ".dicom"):
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.suffix.lower() in (".dcm", ".dicom")
+
+
+def _open(path: Path) -> Image.Image:
+    """The decoded first frame. All decoding faults become one ValueError that names the file."""
+    _check_there(path)
+    if _is_dicom(path):
         from iqe_jax.data.scans import open_scan
 
         return Image.fromarray(np.round(open_scan(path).frame(0) * 255).astype(np.uint8))
+    with _opened(path) as image:
+        image.load()
+        inverted = white_is_zero(image)
+        return Image.fromarray(65535 - np.asarray(image)) if inverted else image.copy()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose header has been read; what goes wrong in here becomes one ValueError that names the file."""
     try:
         with Image.open(path) as image:
             # Pillow only warns between one and two times its limit; a warning is lost in a reader process.
@@ -177,9 +209,7 @@ def _open(path: Path) -> Image.Image:
                 raise Image.DecompressionBombError(
                     f"{image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}"
                 )
-            image.load()
-            inverted = white_is_zero(image)
-            return Image.fromarray(65535 - np.asarray(image)) if inverted else image.copy()
+            yield image
     except (
         Exception
     ) as fault:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more, and a warning may be an error
@@ -193,10 +223,14 @@ def white_is_zero(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0  # PhotometricInterpretation
 
 
+def _check_fixed_range(mode: str, path: Path | str) -> None:
+    if mode == "F":
+        raise ValueError(f"image {path} holds floating-point values, whose range is unknown: save it with 8 or 16 bits")
+
+
 def _eight_bit(image: Image.Image, path: Path | str) -> Image.Image:
     """16-bit grey values, which Pillow holds in modes I;16 and I, at 8 bits; other modes as they are."""
-    if image.mode == "F":
-        raise ValueError(f"image {path} holds floating-point values, whose range is unknown: save it with 8 or 16 bits")
+    _check_fixed_range(image.mode, path)
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.int64)
