@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -220,14 +221,25 @@ class Checkpoints:
         return jax.tree.map(lambda shape, x: _empty(shape) if x is None else x, shapes, restored["state"])
 
     def save(self, state: TrainState, trained_on: dict[str, str]) -> None:
-        """Start to write `state` under its step, if it is not there yet."""
+        """Start to write `state` under its step, if it is not there yet. Raises OSError where it has no room."""
         step, manager = int(state.step), self._manager()
         if step != manager.latest_step():
             from orbax.checkpoint import args
 
+            manager.wait_until_finished()  # the one before takes its room
+            with processes.together("write a checkpoint"):  # else Orbax's threads fill the screen before they give up
+                self._check_room(step, sum(x.nbytes for x in jax.tree.leaves(state)))
             position = args.JsonSave({"step": step, **trained_on})  # pyright: ignore
             kept = args.StandardSave(_not_empty(state))  # pyright: ignore
             manager.save(step, args=args.Composite(state=kept, position=position))
+
+    def _check_room(self, step: int, needed: int) -> None:
+        free = shutil.disk_usage(self._path).free
+        if needed > free:
+            raise OSError(
+                f"the checkpoint of step {step} needs {needed / 1e6:.0f} MB in {self._path}, which has "
+                f"{free / 1e6:.0f} MB free; make room, and the same command goes on from what is saved"
+            )
 
 
 def _not_empty(state: TrainState) -> TrainState:

@@ -10,6 +10,7 @@ import time
 import tracemalloc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -273,6 +274,22 @@ def test_a_disk_that_fills_up_ends_a_run_that_then_goes_on(few_shot, trained, tm
     with pytest.raises(OSError, match=r"No space left on device: .*tensorboard"):
         experiment.run_training(at(few_shot, tmp_path))
     left[0] = 1_000_000
+    experiment.run_training(at(few_shot, tmp_path))
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
+
+
+def test_a_checkpoint_that_has_no_room_ends_a_run_that_then_goes_on(few_shot, trained, tmp_path, monkeypatch):
+    real, asked = shutil.disk_usage, []
+
+    def disk_usage(path):
+        if Path(path).name == "checkpoints":
+            asked.append(path)
+        return SimpleNamespace(free=100_000) if len(asked) == 2 else real(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    words = r"checkpoint of step 12 needs \d MB in .*checkpoints, which has 0 MB free; make room"
+    with pytest.raises(OSError, match=words):
+        experiment.run_training(at(few_shot, tmp_path))
     experiment.run_training(at(few_shot, tmp_path))
     assert (tmp_path / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
 
