@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from iqe_jax import pixel_metrics
 from iqe_jax.metrics import image_metrics
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.pixel_metrics import Histogram, PixelCounts
+from iqe_jax.processes import in_turn
 from iqe_jax.sharding import Layout
 from iqe_jax.train_state import Batch
 
@@ -28,8 +28,6 @@ mean of the highest hundredth."""
 
 OnMaps = Callable[[int, Float[np.ndarray, "batch side side"]], object]
 """Is handed the number of a batch's first image and the segmentations of its images."""
-
-T = TypeVar("T")
 
 AHEAD = 2  # batches that the host may be ahead of the device: enough to keep it busy, few enough to fit
 
@@ -61,13 +59,6 @@ def evaluation_step(
     images = jnp.stack([*scores, jnp.asarray(batch.labels), jnp.asarray(batch.weight)])
     images = jax.lax.with_sharding_constraint(images, layout.replicated)
     return images, jax.lax.with_sharding_constraint(prediction["segmentation"], layout.batch)
-
-
-def _in_turn(x: T) -> T:
-    """`x`, waited for where several processes share CPUs: two programs exchanging at once can lock there."""
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        jax.block_until_ready(x)
-    return x
 
 
 @partial(jax.jit, static_argnames="layout")
@@ -140,18 +131,18 @@ class _Scorer:
         """Start a batch, and fetch the scores of one that was started before."""
         layout = self._layout
         with layout.active():
-            images, segmentation = _in_turn(self._score(batch=batch))
+            images, segmentation = in_turn(self._score(batch=batch))
             size = len(segmentation)
             places = {i: i - self._first for i in keep_maps if self._first <= i < self._first + size}
-            maps = {i: _in_turn(_one(segmentation, place, layout)) for i, place in places.items()}
+            maps = {i: in_turn(_one(segmentation, place, layout)) for i, place in places.items()}
         if batch.masks is not None:
             if self._counts is None:
                 regions = batch.regions is not None
                 counts = pixel_metrics.start(segmentation, batch.weight, regions=regions, split=layout.batch)
-                self._counts = _in_turn(counts)
+                self._counts = in_turn(counts)
             seen, self._seen = self._seen, self._seen + segmentation.size // layout.batch_shards
             if seen <= pixel_metrics.MOST < self._seen:
-                self._counts = _in_turn(pixel_metrics.widened(self._counts))
+                self._counts = in_turn(pixel_metrics.widened(self._counts))
             counted = (segmentation, batch.masks, batch.weight, batch.regions)
             self._counts = pixel_metrics.count(self._counts, *counted, split=layout.batch)
         self._first += size

@@ -28,10 +28,10 @@ from iqe_jax.feature_files import OnDisk, check_room, is_whole, write
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.models.layers import TOWER_OPTIONS
 from iqe_jax.progress import track
-from iqe_jax.sharding import Layout, reader_groups
+from iqe_jax.sharding import Layout, behind, reader_groups
 from iqe_jax.train_state import Batch
 
-SHARD = 64  # images in one folder on disk: what a stopped run has to compute again at most, per process
+SHARD = 64  # images in one folder on disk: beside the batches at work all that a stopped process computes again
 FORM = 1  # to be raised where other numbers come of the same weights and files: what was kept before is not taken then
 
 Check = Callable[[], object]  # called between two batches; may raise to stop
@@ -142,16 +142,16 @@ def of_arrays(
     """Features of images already in memory, kept in memory of every process; masks are binarised at > 0.5."""
     size, dtype = at_once(model, config, layout), kept_dtype(config)
 
-    def batches() -> Iterator[Mapping[str, Any]]:
+    def batches() -> Iterator[dict[str, jax.Array]]:
         for start in track(range(0, len(images), size), "Image tower"):
             batch = images[start : start + size]
             padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
             with layout.active():
                 tokens, pooled = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
             kept = {"patch_tokens": jnp.moveaxis(tokens, 0, 1).astype(dtype), "image_features": pooled}
-            yield layout.gather(kept)
+            yield layout.whole(kept)
 
-    arrays = _joined(batches(), len(images))
+    arrays = _joined(behind(batches()), len(images))
     binary = None if masks is None else (masks > 0.5).astype(np.uint8)
     return FeatureSet(arrays["patch_tokens"], arrays["image_features"], binary, labels.astype(np.float32))
 
@@ -161,7 +161,8 @@ def _joined(batches: Iterable[Mapping[str, Any]], count: int) -> Arrays:
     whole: Arrays = {}
     first = 0
     for batch in batches:
-        for name, rows in batch.items():
+        for name, array in batch.items():
+            rows = np.asarray(array)
             if name not in whole:
                 whole[name] = np.empty((count, *rows.shape[1:]), rows.dtype)
             into = whole[name][first : first + len(rows)]
@@ -215,12 +216,12 @@ def of_samples(
     batches = stream(model, frozen, samples, size, config.data, layout)
     total = -(-len(samples) // size)
 
-    def gathered() -> Iterator[Mapping[str, Any]]:
+    def gathered() -> Iterator[dict[str, jax.Array]]:
         for batch in track(batches, f"Image tower, {title}", total=total):
             check()
-            yield layout.gather(_arrays(batch, kept_dtype(config)))
+            yield layout.whole(_arrays(batch, kept_dtype(config)))
 
-    arrays = _joined(gathered(), len(samples))
+    arrays = _joined(behind(gathered()), len(samples))
     return FeatureSet(arrays["patch_tokens"], arrays["image_features"], arrays.get("masks"), labels)
 
 
@@ -313,9 +314,10 @@ def _fill(
     queue = list(dealt[own])
     buffer: list[Arrays] = []
     batches = _stream(model, frozen, local, size, has_masks, config.data, layout)
-    for batch in track(batches, f"Image tower, {title}", total=steps):
+    batches = track(batches, f"Image tower, {title}", total=steps)
+    for arrays in behind(_arrays(batch, kept_dtype(config)) for batch in batches):
         check()
-        buffer.append({name: layout.local(x) for name, x in _arrays(batch, kept_dtype(config)).items()})
+        buffer.append({name: layout.local(x) for name, x in arrays.items()})
         while queue and sum(len(part["image_features"]) for part in buffer) >= (count := len(images_of(queue[0]))):
             whole = {name: np.concatenate([part[name] for part in buffer]) for name in buffer[0]}
             shard = queue.pop(0)

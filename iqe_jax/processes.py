@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from iqe_jax.progress import console
+
+T = TypeVar("T")
 
 MESSAGE = 2000  # bytes of an error that the other processes get to see
 
@@ -136,6 +139,13 @@ def least(number: int) -> int:
     """The smallest `number` that a process has, each of up to 64 bits."""
     said = _allgather(np.array([number], np.int64).view(np.uint8))  # bytes: JAX would make 32 bits of 64
     return int(said.view(np.int64).min())
+
+
+def in_turn(x: T) -> T:
+    """`x`, waited for where several processes share CPUs: two programs exchanging at once can lock there."""
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(x)
+    return x
 
 
 def _allgather(x: np.ndarray) -> np.ndarray:

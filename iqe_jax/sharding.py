@@ -5,7 +5,7 @@ processes are and whether they are well is the business of processes.py.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,13 +128,17 @@ class Layout:
 
     def gather(self, tree: T) -> T:
         """A tree of arrays, whole, as NumPy arrays on every process. All processes have to call it."""
+        return jax.tree.map(np.asarray, self.whole(tree))
+
+    def whole(self, tree: T) -> T:
+        """A tree of arrays of which every process has all, if only on all its devices together."""
         leaves, structure = jax.tree.flatten(tree)
         spread = [i for i, x in enumerate(leaves) if not (x.is_fully_addressable or x.is_fully_replicated)]
         if spread:
             whole = jax.jit(_same, out_shardings=self.replicated)([leaves[i] for i in spread])
             for i, x in zip(spread, whole, strict=True):
                 leaves[i] = x
-        return jax.tree.unflatten(structure, [np.asarray(x) for x in leaves])
+        return jax.tree.unflatten(structure, leaves)
 
     def shardings(self, boxed: Any) -> Any:
         """Where each array of a tree lies by the rules, for boxed arrays or shapes as `IqeClip.init` makes them.
@@ -180,6 +184,19 @@ class Layout:
 def _same(arrays: list[jax.Array]) -> list[jax.Array]:
     """By name, as `jit` would compile a lambda anew at each call."""
     return arrays
+
+
+def behind(trees: Iterable[T]) -> Iterator[T]:
+    """Trees of arrays, each given out once the next is under way: it gets to the host while the devices work on."""
+    before = None
+    for tree in trees:
+        for x in jax.tree.leaves(processes.in_turn(tree)):
+            x.copy_to_host_async()
+        if before is not None:
+            yield before
+        before = tree
+    if before is not None:
+        yield before
 
 
 def laid_out(boxed: Any, shardings: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 
 from iqe_jax import processes
 from iqe_jax.config import MeshConfig, RuleConfig
-from iqe_jax.sharding import make_layout, reader_groups
+from iqe_jax.sharding import behind, make_layout, reader_groups
 
 TESTS = Path(__file__).parent
 Device = namedtuple("Device", ["process_index", "row"])
@@ -153,3 +153,19 @@ def test_a_mesh_that_does_not_fit_the_model_names_every_parameter(found):
     assert "dense/kernel: 6 does not divide by 4 (tensor)" in found["misfit"]
     assert "--mesh.rules" in found["misfit"]
     assert len(jax.devices()) == 1  # as every other test has it
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_arrays_come_to_the_host_while_the_devices_work_on(count):
+    said = []
+
+    def made():
+        for i in range(count):
+            said.append(f"made {i}")
+            yield {"a": SimpleNamespace(number=i, copy_to_host_async=lambda i=i: said.append(f"sent {i}"))}
+
+    for tree in behind(made()):
+        said.append(f"used {tree['a'].number}")
+    turns = [(f"made {i}", f"sent {i}", f"used {i - 1}") for i in range(count + 1)]
+    expected = [word for turn in turns for word in turn if word not in ("used -1", f"made {count}", f"sent {count}")]
+    assert said == expected
