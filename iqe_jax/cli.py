@@ -1,11 +1,13 @@
 """The command line that the entry scripts share: `--config NAME`, dotted overrides, processes, one-line errors."""
 
+import errno
 import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -15,6 +17,7 @@ from iqe_jax.config import Config, check, load, names
 
 T = TypeVar("T")
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 PREEMPTED = 75  # exit status of a run that was told to stop and saved itself: EX_TEMPFAIL, "try again"
 
 
@@ -125,4 +128,12 @@ def user_errors(program: str) -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("IQE_JAX_TRACEBACK"):
             raise
-        raise SystemExit(f"{program}: {error}") from error
+        raise SystemExit(f"{program}: {error}{_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    """What to do besides where a file cannot be written to the cache, which may lie elsewhere."""
+    name = error.filename if isinstance(error, OSError) and error.errno in _UNWRITABLE else None
+    if isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(cache_dir().absolute()):
+        return "; set $IQE_JAX_CACHE to a folder that can be written to and has room"
+    return ""

@@ -1,6 +1,7 @@
 """Recipes, overrides, and one clear message for each thing that can be wrong with them."""
 
 import dataclasses
+import errno
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,21 @@ def test_tracebacks_are_for_those_who_ask(monkeypatch):
     monkeypatch.setenv("IQE_JAX_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError), cli.user_errors("train.py"):
         raise FileNotFoundError("no weights")
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "said"),
+    [
+        ("cache/tfds", errno.EROFS, True),
+        ("cache", errno.ENOSPC, True),
+        ("cached", errno.EROFS, False),
+        (None, errno.EROFS, False),
+        ("cache/tfds", errno.ENOENT, False),
+    ],
+)
+def test_the_cache_may_lie_elsewhere(monkeypatch, tmp_path, place, fault, said):
+    monkeypatch.setenv("IQE_JAX_CACHE", str(tmp_path / "cache"))
+    error = OSError(fault, "it is so", place and str(tmp_path / place))
+    with pytest.raises(SystemExit, match="it is so") as raised, cli.user_errors("train.py"):
+        raise error
+    assert ("set $IQE_JAX_CACHE to a folder" in str(raised.value)) == said
