@@ -4,9 +4,7 @@ Every set and protocol is a process of its own, which makes its runs, one for ea
 is bounded and what was finished is never done again. Tables are written anew after each.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import resource
@@ -23,9 +21,11 @@ from typing import Any
 from iqe_jax import cli
 from iqe_jax.checkpoint import write_whole
 from iqe_jax.config import Config, from_json, to_json
-from iqe_jax.metrics import IMAGE_METRICS
+from iqe_jax.data.bmad import SETS as PUBLISHED_SETS
 from iqe_jax.progress import console, track
+from iqe_jax.reproduce_tables import as_csv, as_latex, as_markdown
 
+_CELL = "reproduce"  # what the process of a cell calls itself where it tells of an error
 SETS = ("brain", "liver", "resc", "oct17", "chest", "his")
 
 DESCRIPTION = """The paper's table: every set, zero-shot and by number of shots, over several seeds, with intervals,
@@ -181,8 +181,13 @@ def _start(cell: Cell, out: Path) -> None:
     if code == cli.PREEMPTED:
         raise SystemExit(code)
     if code:
-        last = log.read_text().strip().splitlines()[-1:]
-        raise ValueError(f"{cell.dataset}, {cell.protocol}: {' '.join(last)} (all of it in {log})")
+        raise ValueError(f"{cell.dataset}, {cell.protocol}: {_last_words(log.read_text())} (all of it in {log})")
+
+
+def _last_words(log: str) -> str:
+    """The error that a cell ended with, which may have several lines, or the last line where it told of none."""
+    _, found, told = f"\n{log.strip()}".rpartition(f"\n{_CELL}: ")
+    return told if found and "Traceback" not in told else log.strip().rpartition("\n")[2]
 
 
 # ---------------------------------------------------------------------------- tables
@@ -197,6 +202,7 @@ def rows(options: Options, listed: Sequence[Cell]) -> list[dict[str, Any]]:
         done = [run for run in cell.runs if finished(run)]
         row: dict[str, Any] = {"set": cell.dataset, "protocol": cell.protocol, "runs": len(done)}
         row["published"] = None if options.phantoms else PUBLISHED.get((cell.dataset, cell.shots))
+        row["published_images"] = None if options.phantoms else PUBLISHED_SETS[cell.dataset].test
         if not done:
             rule = cell.runs[0].rules[0]
             found.append({**row, "weights": rule, "chosen_on_test_data": rule == "paper", "metrics": None})
@@ -206,6 +212,7 @@ def rows(options: Options, listed: Sequence[Cell]) -> list[dict[str, Any]]:
         row["resumed"] = any(cost["resumed"] for cost in costs)
         row["peak_bytes"] = max(cost["peak_bytes"] for cost in costs)
         summary = seeds_summary([json.loads((run.directory / "metrics.json").read_text()) for run in done])
+        row["images"] = sum(summary["images"].values())
         for rule, figures in summary["rules"].items():
             marks = {"weights": rule, "chosen_on_test_data": figures["chosen_on_test_data"], "data": summary["data"]}
             metrics = {name: figure for name, figure in figures.items() if isinstance(figure, dict)}
@@ -230,89 +237,20 @@ def write_tables(options: Options, listed: Sequence[Cell], command: str) -> None
         write_whole(options.out / f"table.{suffix}", text)
 
 
-METRICS = (*IMAGE_METRICS, "pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro")
-
-
-def as_csv(found: dict[str, Any]) -> str:
-    """A line for each row of the table, with mean, low and high of each metric."""
-    lines = io.StringIO()
-    out = csv.writer(lines, lineterminator="\n")
-    facts = ["set", "protocol", "weights", "chosen_on_test_data", "phantoms", "runs", "seconds", "peak_bytes"]
-    own = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
-    published = [f"mvfa_ad_{name}_{of}" for name in ("image_auroc", "pixel_auroc") for of in ("paper", "code")]
-    out.writerow([*facts, *own, *published])
-    for row in found["rows"]:
-        values: list[Any] = [{**row, "phantoms": found["phantoms"]}.get(name) for name in facts]
-        for name in METRICS:
-            figure = (row["metrics"] or {}).get(name) or {"mean": None, "interval": None}
-            values += [figure["mean"], *(figure["interval"] or (None, None))]
-        for name in ("image_auroc", "pixel_auroc"):
-            values += [round(value / 100, 6) for value in (row["published"] or {}).get(name, ())] or [None, None]
-        out.writerow(values)
-    return lines.getvalue()
-
-
-def _text_rows(found: dict[str, Any]) -> list[list[str]]:
-    """The table as text, its heading first."""
-    from iqe_jax.report import MARKED, title
-
-    published = [] if found["phantoms"] else ["MVFA-AD image AUROC", "MVFA-AD pixel AUROC"]
-    heading = ["set", "protocol", "weights", "runs", *map(title, METRICS), *published, "s per run", "peak MB"]
-    lines = [heading]
-    for row in found["rows"]:
-        weights = row["weights"] + (f", {MARKED}" if row["chosen_on_test_data"] else "")
-        line = [row["set"], row["protocol"], weights, str(row["runs"])]
-        for name in METRICS:
-            figure = (row["metrics"] or {}).get(name) or {"mean": None, "interval": None}
-            mean, interval = figure["mean"], figure["interval"]
-            text = "" if mean is None else f"{mean:.3f}"
-            line.append(text + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
-        for name in ("image_auroc", "pixel_auroc")[: len(published)]:
-            line.append(" / ".join(f"{value / 100:.4f}" for value in (row["published"] or {}).get(name, ())))
-        more = "> " if row.get("resumed") else ""  # what was done before it was stopped is not in it
-        line.append(f"{more}{row['seconds']:.0f}" if "seconds" in row else "")
-        line.append(f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "")
-        lines.append(line)
-    return lines
-
-
-def _notes(found: dict[str, Any]) -> list[str]:
-    notes = ["Means over several seeds and support draws; in brackets 95 % intervals of the mean (Student's t)."]
-    if any(row.get("resumed") for row in found["rows"]):
-        notes.append("Times with > are of runs that were stopped: what was done before is not in them.")
-    if found["phantoms"]:
-        return ["RENDERED PHANTOMS: these figures say nothing about real data, nor about any published result.", *notes]
-    return [*notes, f"MVFA-AD is another method; its figures, of its paper / of its code, are from {SOURCE}."]
-
-
-def as_markdown(found: dict[str, Any]) -> str:
-    """The table in Markdown."""
-    heading, *lines = _text_rows(found)
-    table = [heading, ["---"] * len(heading), *lines]
-    text = [*_notes(found), "\n".join(f"| {' | '.join(line)} |" for line in table), f"```\n{found['command']}\n```"]
-    return "\n\n".join(text) + "\n"
-
-
-def as_latex(found: dict[str, Any]) -> str:
-    """The table as a LaTeX tabular, with its notes below."""
-
-    def escaped(text: str) -> str:
-        return text.replace("%", r"\%").replace(">", "$>$")
-
-    heading, *lines = [" & ".join(map(escaped, line)) + r" \\" for line in _text_rows(found)]
-    columns = "lll" + "r" * (heading.count("&") - 2)
-    table = [rf"\begin{{tabular}}{{{columns}}}", heading, r"\hline", *lines, r"\end{tabular}"]
-    return "\n".join([*table, *(r"\par " + escaped(note) for note in _notes(found))]) + "\n"
-
-
 def look_ahead(options: Options, listed: Sequence[Cell]) -> None:
-    """Raise FileNotFoundError or ValueError for a set that is not there or a run that has other settings."""
+    """Raise FileNotFoundError or ValueError for a set that is not there or has files that are no images, or a run that
+    has other settings.
+    """
     from iqe_jax.checkpoint import RunDirectory
     from iqe_jax.data.bmad import load_split
+    from iqe_jax.data.pipeline import check_files
 
+    roots = {cell.dataset: cell.runs[0].data.root for cell in listed}
+    if not options.phantoms:  # those are rendered where they are missing
+        tests = {name: load_split(root, name, "test") for name, root in roots.items()}
+        for samples in tests.values():
+            check_files(samples)
     for cell in listed:
-        if not options.phantoms:  # those are rendered where they are missing
-            load_split(cell.runs[0].data.root, cell.dataset, "test")
         for run in cell.runs:
             RunDirectory(run)
 
@@ -320,7 +258,7 @@ def look_ahead(options: Options, listed: Sequence[Cell]) -> None:
 def main(argv: list[str]) -> None:
     """Make the table that `argv` asks for, or with `--cell FILE` the runs of one cell of it."""
     if argv[:1] == ["--cell"]:
-        with cli.started(cli.Launch(), "reproduce"):
+        with cli.started(cli.Launch(), _CELL):
             run_cell(Path(argv[1]))
         return
     options, listed = cells(argv)

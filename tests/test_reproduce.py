@@ -1,15 +1,18 @@
 """The paper's table on a small set in a process of its own, resumed, and its four forms."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 
 import pytest
 
 from iqe_jax import evaluation, reproduce
+from iqe_jax.data.bmad import SETS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -85,13 +88,19 @@ def test_a_cell_ends_with_the_process_that_started_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "error", "message"),
-    [(1, ValueError, r"brain, k = 2: last words \(all of it in .*brain-k2\.log\)"), (75, SystemExit, "^75$")],
+    ("words", "code", "error", "message"),
+    [
+        ("first words\\nlast words", 1, ValueError, r"brain, k = 2: last words \(all of it in .*brain-k2\.log\)"),
+        ("reproduce: an old one\\nreproduce: two bad:\\n  a\\n  b", 1, ValueError, r"k = 2: two bad:\n  a\n  b \(all"),
+        ("reproduce: an old one\\nTraceback\\nKeyError", 1, ValueError, r"k = 2: KeyError \(all"),
+        ("", 1, ValueError, r"k = 2:  \(all"),
+        ("words", 75, SystemExit, "^75$"),
+    ],
 )
-def test_a_cell_that_fails_is_no_result(made, tmp_path, monkeypatch, code, error, message):
+def test_a_cell_that_fails_is_no_result(made, tmp_path, monkeypatch, words, code, error, message):
     _, (cell,) = reproduce.cells(made[0])
     program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\necho first words\necho last words\nexit {code}\n")
+    program.write_text(f"#!/bin/sh\nprintf '{words}\\n'\nexit {code}\n")
     program.chmod(0o755)
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(sys, "executable", str(program))
@@ -134,6 +143,32 @@ def test_each_seed_takes_a_row_of_a_support_list():
 def test_what_cannot_be_is_said_before_any_run(made, more, message):
     with pytest.raises(SystemExit, match=message):
         reproduce.main([*made[0], *more])
+
+
+def test_a_damaged_test_image_is_said_before_any_run(made, tiny_root, tmp_path):
+    root = shutil.copytree(tiny_root, tmp_path / "sets")
+    (root / "Brain_AD/test/Ungood/img/003.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"Ungood/img/003\.png cannot be read"):
+        reproduce.main([*made[0], "--data.root", str(root), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_of_a_part_of_a_published_set_say_so(made, monkeypatch):
+    _, out = made
+    options, listed = reproduce.cells(made[0])
+    for whole in (False, True):
+        if whole:
+            spec = dataclasses.replace(SETS["brain"], test=20)
+            monkeypatch.setitem(SETS, "brain", spec)
+        reproduce.write_tables(options, listed, "the command")
+        for form in ("md", "tex"):
+            text = (out / f"table.{form}").read_text()
+            assert ("brain, 20 of 3715 images" in text) != whole
+            assert ("cannot be set beside published ones" in text) != whole
+        assert [row["images"] for row in csv.DictReader(io.StringIO((out / "table.csv").read_text()))] == ["20", "20"]
+        assert {row["published_images"] for row in json.loads((out / "table.json").read_text())["rows"]} == {
+            20 if whole else 3715
+        }
 
 
 def test_help_asks_for_no_recipe(capsys):

@@ -31,6 +31,7 @@ LAYERS = [
     ["iqe_jax.trainer"],
     ["iqe_jax.experiment"],
     ["iqe_jax.evaluation"],
+    ["iqe_jax.reproduce_tables"],
     [
         "iqe_jax.reproduce",
         "iqe_jax.compare",
