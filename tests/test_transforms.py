@@ -208,6 +208,10 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
                     check_header(*pair)
     with pytest.raises(FileNotFoundError, match=r"no image file at .*gone\.png"):
         load_image(tmp_path / "gone.png", 16)
+    for name in ("a.nii", "A.NII.GZ"):
+        (tmp_path / name).write_bytes(b"a volume")
+        with pytest.raises(ValueError, match=rf"{name} is a volume: give its slices one by one"):
+            load_image(tmp_path / name, 16)
     with pytest.raises(FileNotFoundError, match=r"no image file at .*gone\.png"):
         check_header(good_png, tmp_path / "gone.png")
     for limit in (3000, 1000):  # Pillow warns at the first and refuses at the second; 4096 pixels

@@ -180,6 +180,11 @@ def _check_there(path: Path) -> None:
         raise FileNotFoundError(f"no image file at {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"image {path} is empty (0 bytes): get it again")
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        raise ValueError(
+            f"image {path} is a volume: give its slices one by one, as iqe_jax.data.scans.open_scan(path).frame(i) "
+            "reads them, or use predict.py"
+        )
 
 
 def _is_dicom(path: Path) -> bool:
