@@ -7,8 +7,8 @@ from iqe_jax import cli
 DESCRIPTION = """Score the target's test set: image AUROC, and pixel AUROC where the set has masks. A few-shot config
 whose adapter is not trained yet trains it first; a zero-shot one asks for train.py.
 
---report writes report.html into the run, a page that opens offline (phantoms get it unless --no-report is given), and
---save-maps png16|npz all segmentations as files; both are short for settings below (--eval.…)."""
+With --report the run gets report.html, a page that opens offline (phantoms get it unless --no-report is given), and
+with --save-maps png16|npz all segmentations as files; both are short for settings below (--eval.…)."""
 
 SHORT = {
     "--report": ("--eval.report", "True"),

@@ -56,7 +56,7 @@ def parse_with(
     """
     name, rest = (recipe, list(argv)) if recipe else _take_config(list(argv))
     if recipe is None:
-        description += f"\n\n--config NAME picks a recipe and is required. NAME is one of: {', '.join(names())}."
+        description += f"\n\nThe recipe is picked by --config NAME, which is required, one of: {', '.join(names())}."
     if name is None and not {"-h", "--help"} & set(argv):
         raise SystemExit(f"{program}: --config NAME is required, one of: {', '.join(names())}")
     with user_errors(program):
