@@ -43,7 +43,7 @@ def find(given: Sequence[str], out: Path, redact: bool = False) -> list[Path]:
     """The files that paths, folders and patterns stand for, each once, in their order; folders are walked sorted.
 
     In a folder those count that end as scans do, and those of any name that begin as DICOM files do; hidden ones, the
-    results in `out` and DICOMDIR do not. Links to folders are not followed.
+    results in `out`, DICOMDIR and the masks of a data set do not. Links to folders are not followed.
 
     Raises FileNotFoundError where one of `given` stands for no file, and OSError where a folder cannot be searched;
     under `redact` they name the number, not the name.
@@ -86,13 +86,17 @@ def _walk(folder: Path, out: Path, called: str | None) -> Iterator[Path]:
         )
 
     for place, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(
-            f for f in folders if not f.startswith(".") and (Path(place) / f).resolve() != out.resolve()
-        )
+        left_out = {f for f in folders if f.startswith(".") or _holds_masks(f, folders)}
+        folders[:] = sorted(f for f in {*folders} - left_out if (Path(place) / f).resolve() != out.resolve())
         for name in sorted(files):
             path = Path(place) / name
             if not name.startswith(".") and name != "DICOMDIR" and path.is_file() and _may_be_scan(path):
                 yield path
+
+
+def _holds_masks(folder: str, beside: Sequence[str]) -> bool:
+    """Whether a folder is one of masks in the layouts of the data sets."""
+    return folder == "anomaly_mask" or (folder == "label" and "img" in beside)
 
 
 def _may_be_scan(path: Path) -> bool:

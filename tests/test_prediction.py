@@ -522,6 +522,16 @@ def test_finding_files(tmp_path, monkeypatch):
     assert itemise([Path("b/2.png")], False)[0].key != keys[1]
 
 
+def test_masks_of_a_data_set_are_no_scans(tmp_path):
+    named = ["good/img/1.png", "Ungood/img/2.png", "Ungood/label/2.png", "Ungood/anomaly_mask/2.png", "own/label/3.png"]
+    for name in named:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = [str(path.relative_to(tmp_path)) for path in find([str(tmp_path)], tmp_path / "out")]
+    assert found == ["Ungood/img/2.png", "good/img/1.png", "own/label/3.png"]
+    assert len(find([str(tmp_path / "Ungood/anomaly_mask")], tmp_path / "out")) == 1  # it was asked for
+
+
 def made_ledger(out, names, **settings):
     """The ledger of files by these names, which are there."""
     for name in names:
