@@ -54,6 +54,8 @@ class Calibration:
     """Why probability or decision is not given, a sentence each."""
     adapter: str | None = None
     """SHA-256 of the weights that made the scores."""
+    chosen_on_test_data: bool = False
+    """Whether those were chosen on the test set."""
 
     @property
     def prevalence(self) -> float:
@@ -115,7 +117,8 @@ class Calibration:
                 f"{self.curve['method']} probability, cross-validated Brier {self.reliability['brier']:.3f} "
                 f"(prevalence alone {self.reliability['brier_of_prevalence']:.3f}), ECE {self.reliability['ece']:.3f}"
             )
-        return "; ".join([*parts, *self.withheld])
+        mark = ["weights chosen on the TEST SET"] if self.chosen_on_test_data else []
+        return "; ".join([*parts, *self.withheld, *mark])
 
     def save(self, run_dir: Path) -> None:
         """Write RUN/calibration.json, whole or not at all, marked with the run's weights."""
@@ -328,6 +331,7 @@ def main(argv: list[str]) -> None:
                 f"{options.run} has no {FILE}: run evaluate.py with its settings, which scores the valid pool"
             )
         again = fit(kept.scores, kept.labels, sensitivity=options.sensitivity, specificity=options.specificity)
+        again = dataclasses.replace(again, chosen_on_test_data=kept.chosen_on_test_data)
         again.save(options.run)
         print(again.summary())
 

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 MeshAxis = Literal["data", "fsdp", "tensor"]
@@ -245,6 +245,8 @@ def load(name: str) -> Config:
 def check(config: Config) -> None:
     """Raise ValueError naming the first field whose value cannot work, whatever the data and weights are."""
     model, train, data = config.model, config.train, config.data
+    for section in ("model", "data", "train", "eval"):
+        _check_choices(getattr(config, section), f"{section}.")
     positive = {
         "model.image_size": model.image_size,
         "model.prompt_len": model.prompt_len,
@@ -261,12 +263,9 @@ def check(config: Config) -> None:
         "mesh.tensor": config.mesh.tensor,
         "eval.seeds": config.eval.seeds,
     }
-    if train.steps is not None:
-        positive["train.steps"] = train.steps
-    if config.eval.batch_size is not None:
-        positive["eval.batch_size"] = config.eval.batch_size
-    if model.prompt_depth is not None:
-        positive["model.prompt_depth"] = model.prompt_depth
+    sizes = {"train.steps": train.steps, "eval.batch_size": config.eval.batch_size}
+    sizes["model.prompt_depth"] = model.prompt_depth
+    positive |= {name: value for name, value in sizes.items() if value is not None}
     not_negative = {
         "model.learnable_tokens": model.learnable_tokens,
         "model.sigma": model.sigma,
@@ -302,6 +301,15 @@ def check(config: Config) -> None:
         raise ValueError("data.support_list is for few-shot runs, but data.shots is 0")
 
 
+def _check_choices(section: Any, prefix: str) -> None:
+    """Raise ValueError naming a field of which there are but a few values, and which has another."""
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        choices = (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
+        if choices and not any(value is choice or (value == choice and isinstance(value, str)) for choice in choices):
+            raise ValueError(f"{prefix}{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
 def to_json(config: Config) -> str:
     """The whole config as indented JSON, readable back by `from_json`."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
@@ -315,7 +323,9 @@ def from_json(text: str) -> Config:
 def read(path: Path) -> Config:
     """The config.json of a run. Raises ValueError naming the file where it is damaged or of another version."""
     try:
-        return from_json(path.read_text())
+        config = from_json(path.read_text())
+        check(config)
+        return config
     except (ValueError, TypeError, KeyError, AttributeError) as fault:
         raise ValueError(
             f"{path} cannot be read ({fault}): bring it back, or remove {path.parent} and begin again"

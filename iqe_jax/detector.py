@@ -15,8 +15,8 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
-from iqe_jax.config import ModelConfig, read
-from iqe_jax.data.transforms import image_array, load_image
+from iqe_jax.config import Config, ModelConfig, check, read
+from iqe_jax.data.transforms import decoded, image_array, load_image, reading
 from iqe_jax.models.iqe_clip import IqeClip, Params
 from iqe_jax.models.layers import TOWER_OPTIONS
 from iqe_jax.weights import adapter_file, adapter_settings, fit_adapter, load_adapter, load_model, read_adapter
@@ -95,7 +95,7 @@ class Detector:
         Raises as a call does.
         """
         single = (
-            isinstance(images, str | Path) or not hasattr(images, "__len__") or getattr(images, "ndim", 4) in (2, 3)
+            isinstance(images, str | Path) or not hasattr(images, "__len__") or getattr(images, "ndim", 4) in (0, 2, 3)
         )
         several: Any = [images] if single else images
         if len(several) == 0:
@@ -109,7 +109,7 @@ def load(
     *,
     clip: str | Path | None = None,
     adapter: str | Path | None = None,
-    zero_shot: bool = False,
+    zero_shot: bool | None = None,
     **settings: Any,
 ) -> Detector:
     """A Detector from a run directory, or from weights.
@@ -118,17 +118,18 @@ def load(
         run_dir: directory of a finished run of train.py or evaluate.py; nothing else is needed then.
         clip: CLIP's weights in any form that `--model.clip` takes.
         adapter: a trained adapter, official .pth or our .safetensors.
-        zero_shot: with `clip` and `adapter`, whether scores are the zero-shot ones.
+        zero_shot: with `clip` and `adapter`, whether scores are the zero-shot ones; by default the few-shot ones.
         settings: with `clip` and `adapter`, further fields of `ModelConfig`, such as `image_size`, `levels` and
             `iqm_heads`, where they differ from the published ones. All other sizes are read from the weights.
 
     Raises:
-        FileNotFoundError, ValueError: weights that are not there, cannot be read or do not go together.
-        TypeError: neither a run directory nor both weights, or an unknown setting.
+        FileNotFoundError, ValueError: weights that are not there, cannot be read or do not go together, or a setting
+            that cannot work.
+        TypeError: neither a run directory nor both weights, something beside a run directory, or an unknown setting.
     """
     if run_dir is not None:
-        if clip or adapter or settings:
-            raise TypeError("load takes a run directory or clip= and adapter=, not both")
+        if clip or adapter or settings or zero_shot is not None:
+            raise TypeError("load takes a run directory, which has all settings, or clip= and adapter=, not both")
         return _load_run(Path(run_dir))
     if clip is None or adapter is None:
         raise TypeError("load needs a run directory, or both clip= and adapter=")
@@ -138,8 +139,10 @@ def load(
     settings = {**adapter_settings(weights), **settings}
     if "levels" in settings:
         settings["levels"] = tuple(settings["levels"])
-    model, frozen = load_model(ModelConfig(clip=str(clip), adapter=str(adapter), **settings))
-    return Detector(model, frozen, jax.device_put(fit_adapter(model, weights, adapter)), zero_shot=zero_shot)
+    config = ModelConfig(clip=str(clip), adapter=str(adapter), **settings)
+    check(Config(model=config))
+    model, frozen = load_model(config)
+    return Detector(model, frozen, jax.device_put(fit_adapter(model, weights, adapter)), zero_shot=bool(zero_shot))
 
 
 def _load_run(directory: Path) -> Detector:
@@ -186,6 +189,8 @@ def _as_array(image: Any, size: int, index: int) -> Float[np.ndarray, "side side
     if not isinstance(image, np.ndarray | jax.Array):
         if not isinstance(image, PIL.Image.Image):
             raise ValueError(f"image {index} is a {type(image).__name__}; expected an array, a PIL image or a path")
+        with reading(f"number {index}"):
+            image = decoded(image)
         return image_array(image, f"number {index}", size)
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:

@@ -116,7 +116,7 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
 
     own, *rest = facts
     run.claim()
-    fitted = calibrate(config, run, trained, own, layout, preemption)
+    fitted = calibrate(config, run, trained, facts[own], layout, preemption)
     evaluations = _score(
         trained,
         {own: trained.trainable, **trained.others},
@@ -191,14 +191,20 @@ def _write_page(
 
 
 def calibrate(
-    config: Config, run: RunDirectory, trained: Trained, rule: str, layout: Layout, preemption: Preemption
+    config: Config,
+    run: RunDirectory,
+    trained: Trained,
+    facts: Mapping[str, Any],
+    layout: Layout,
+    preemption: Preemption,
 ) -> calibration.Calibration | None:
     """Score the target's valid pool without the support images, and fit and keep what scores mean; print one line.
 
-    The threshold is for the sensitivity or specificity that was asked of an earlier calibration of the run. A target
-    without such images, or weights that were chosen on them, are not calibrated, which is said and no error.
+    The threshold is for the sensitivity or specificity that was asked of an earlier calibration of the run. `facts` say
+    how the weights were chosen. A target without such images, or weights that were chosen on them, are not calibrated,
+    which is said and no error.
     """
-    if rule == "valid":
+    if facts["rule"] == "valid":
         console.print("Not calibrated: the valid images have chosen the weights, so scores on them look too good")
         return None
     try:
@@ -217,6 +223,7 @@ def calibrate(
     own = {"": trained.trainable}
     evaluation = _score(trained, own, samples, config, layout, "Scoring valid images", check=preemption.check)[""]
     fitted = calibration.fit(evaluation.scores, evaluation.labels, **calibration.target_of(run.path))
+    fitted = dataclasses.replace(fitted, chosen_on_test_data=report.on_test_data(facts))
     with processes.together("write the calibration"):
         if processes.is_main():
             fitted.save(run.path)

@@ -171,6 +171,26 @@ def test_unknown_fields_and_types_are_named(arguments, capsys):
     assert arguments[0].removeprefix("--") in shown.out + shown.err
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("normalisation", "CLIP", "model.normalisation is 'CLIP'; it must be one of none, clip"),
+        ("use_global", 1, "model.use_global is 1; it must be one of True, False"),
+        ("sigma", -1.0, "model.sigma is -1.0; it must be 0 or more"),
+    ],
+)
+def test_a_config_file_with_a_value_that_cannot_work_is_refused(tmp_path, field, value, message):
+    recipe = config.load("brain_fewshot")
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json(recipe))
+    assert config.read(path) == recipe
+    path.write_text(
+        config.to_json(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{field: value})))
+    )
+    with pytest.raises(ValueError, match=rf"config\.json cannot be read \({message}"):
+        config.read(path)
+
+
 def test_a_config_file_with_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match=r"unknown config field train\.speed"):
         config.from_json('{"name": "x", "train": {"speed": 3}}')

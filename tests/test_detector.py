@@ -101,6 +101,7 @@ def test_sizes_are_read_from_our_own_files_too(golden_files, expected, tmp_path)
         (np.zeros((40, 40, 3), np.int32), "image 0 has type int32"),
         (np.full((40, 40, 3), np.nan), "values from nan to nan; expected finite"),
         (np.full((40, 40, 3), 255.0), r"values from 255.0 to 255.0; expected finite ones in \[0, 1\]"),
+        (np.zeros(()), r"image 0 has shape \(\)"),
         ([IMAGES[0], 7], "image 1 is a int; expected an array, a PIL image or a path"),
     ],
 )
@@ -115,6 +116,19 @@ def test_missing_and_broken_files_are_named(detector, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"broken\.png"):
         detector([IMAGES[0], tmp_path / "broken.png"])
+    Image.fromarray(IMAGES[0]).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-900])
+    with Image.open(tmp_path / "cut.png") as cut, pytest.raises(ValueError, match="image number 1 cannot be read"):
+        detector([IMAGES[0], cut])
+
+
+def test_a_tiff_whose_zero_is_white_is_the_same_open_and_by_its_path(detector, tmp_path):
+    pixels = Image.fromarray(IMAGES[0, ..., 0].astype(np.uint16) * 257)
+    pixels.save(tmp_path / "white.tif", tiffinfo={262: 0})
+    pixels.save(tmp_path / "black.tif")
+    with Image.open(tmp_path / "white.tif") as opened:
+        assert detector(opened).score == detector(tmp_path / "white.tif").score
+    assert detector(tmp_path / "black.tif").score != detector(tmp_path / "white.tif").score
 
 
 def test_what_load_needs(golden_files, tmp_path):
@@ -122,6 +136,8 @@ def test_what_load_needs(golden_files, tmp_path):
         iqe_jax.load(clip=golden_files[0])
     with pytest.raises(TypeError, match="not both"):
         iqe_jax.load(tmp_path, clip=golden_files[0])
+    with pytest.raises(TypeError, match="not both"):
+        iqe_jax.load(tmp_path, zero_shot=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'levelz'"):
         iqe_jax.load(clip=golden_files[0], adapter=golden_files[1], iqm_heads=4, levelz=(1,))
     with pytest.raises(FileNotFoundError, match="is no run directory"):
@@ -133,6 +149,23 @@ def test_what_load_needs(golden_files, tmp_path):
         ValueError, match=r"wrong shape: dense/kernel is \(4, 128, 64\), the config makes it \(2, 128, 64\)"
     ):
         iqe_jax.load(clip=golden_files[0], adapter=golden_files[1], image_size=40, levels=(1, 2), iqm_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalisation": "CLIP"}, "model.normalisation is 'CLIP'; it must be one of none, clip"),
+        ({"score": "bogus"}, "model.score is 'bogus'; it must be one of official, mean, max, top"),
+        ({"use_global": "no"}, "model.use_global is 'no'; it must be one of True, False"),
+        ({"sigma": -1.0}, "model.sigma is -1.0"),
+        ({"fusion_weight": 5.0}, "model.fusion_weight is 5.0"),
+        ({"levels": (1, 1, 2, 3)}, "model.levels is"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(golden_files, settings, message):
+    settings = {"image_size": 40, "levels": (1, 2, 3, 4), "iqm_heads": 4, **settings}
+    with pytest.raises(ValueError, match=message):
+        iqe_jax.load(clip=golden_files[0], adapter=golden_files[1], **settings)
 
 
 def test_importing_the_package_is_light():

@@ -290,6 +290,11 @@ def test_updates_are_those_of_the_official_adam():
             np.testing.assert_allclose(params[name], expected, rtol=2e-5)
 
 
+def test_a_learning_rate_for_no_parameter_is_an_error():
+    with pytest.raises(KeyError, match="no parameter 'prompt_temp'"):
+        optimiser(1e-4, 1e-2).init({"kernel": jnp.ones(2)})
+
+
 def test_an_update_copies_no_moment():
     params = {"kernel": jnp.ones((512, 512)), "prompt_temp": jnp.ones(())}
     state = optimiser(1e-4, 1e-2).init(params)
@@ -491,12 +496,22 @@ def test_number_of_prompt_tokens(pixels, weights, tokens):
 def test_image_scores(weights, pixels):
     prediction = compiled.predict(model(), head(weights, pixels))
     flat = np.sort(np.asarray(prediction["segmentation"]).reshape(3, -1))
+    np.testing.assert_allclose(prediction["score_mean"], flat.mean(1), atol=1e-6)
     np.testing.assert_allclose(prediction["score_max"], flat[:, -1], atol=1e-6)
     np.testing.assert_allclose(prediction["score_top"], flat[:, -6:].mean(1), atol=1e-6)  # 576 pixels
     chosen = {("official", True): "zero", ("official", False): "few", ("max", True): "max", ("top", False): "top"}
     for (score, zero_shot), name in chosen.items():
         found = model(score=score).image_score(prediction, zero_shot=zero_shot)
         np.testing.assert_array_equal(found, prediction[f"score_{name}"])
+
+
+def test_maps_do_not_pass_one(weights, pixels):
+    outputs = head(weights, pixels)
+    sure = {name: jnp.full_like(x, 40) if name.startswith("logits") else x for name, x in outputs.items()}
+    for sigma in (0.5, 2.0, 8.0):
+        found = compiled.predict(model(sigma=sigma), sure)
+        for name in ("segmentation", "score_mean", "score_max", "score_top"):
+            assert 1 - 1e-6 < np.max(found[name]) <= 1
 
 
 def test_a_start_from_clip_is_clips_own_comparison(weights, pixels):

@@ -1,4 +1,4 @@
-"""The shape of the project, held: imports point one way, models see no meshes, data no parameters, files stay small."""
+"""The shape of the project, held: imports point one way, models make no mesh, data no parameters, files stay small."""
 
 import ast
 from pathlib import Path

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import tracemalloc
@@ -604,7 +605,7 @@ def test_what_cannot_be_calibrated_is_no_error(few_shot, tiny_root, tmp_path, ca
     data = dataclasses.replace(recipe.data, shots=shots)
     recipe = dataclasses.replace(at(recipe, tmp_path / "run"), data=data)
     nothing: Any = None  # neither weights nor a signal are asked for
-    evaluation.calibrate(recipe, RunDirectory(recipe), nothing, "last", LAYOUT, nothing)
+    evaluation.calibrate(recipe, RunDirectory(recipe), nothing, {"rule": "last"}, LAYOUT, nothing)
     assert f"Not calibrated: {words}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -1414,7 +1415,13 @@ def test_paper_is_marked_wherever_it_is_shown(few_shot, followed, tmp_path, monk
     recipe = dataclasses.replace(at(few_shot, tmp_path / "given"), model=given)
     capsys.readouterr()
     evaluation.run_evaluation(recipe)
-    assert "the given adapter, chosen on the TEST SET" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "the given adapter, chosen on the TEST SET" in shown.out
+    assert re.search(r"Calibration on .*; weights chosen on the TEST SET\n", shown.err)
+    for path, mark in ((tmp_path / "given", True), (run_dir, False)):
+        calibration.main(["--run", str(path), "--specificity", "0.9"])  # made again, it keeps the mark
+        assert capsys.readouterr().out.strip().endswith("weights chosen on the TEST SET") == mark
+        assert json.loads((path / "calibration.json").read_text())["chosen_on_test_data"] is mark
     assert json.loads((tmp_path / "given" / "metrics.json").read_text())["weights"]["chosen_on_test_data"] is True
     experiment.run_training(dataclasses.replace(at(few_shot, tmp_path / "on", steps=1), model=given))
     assert json.loads((tmp_path / "on" / "kept.json").read_text())["chosen_on_test_data"] is True

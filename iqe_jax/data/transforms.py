@@ -38,8 +38,8 @@ def load_image(path: Path, size: int) -> Float32[np.ndarray, "size size 3"]:
 def load_mask(path: Path, size: int) -> Float32[np.ndarray, "size size"]:
     """A mask in [0, 1], resized to size×size by nearest neighbour; binarising it is the loss's work.
 
-    Masks whose only values are 0 and one other are taken as 0 and 255, and 16-bit ones of no more than 255 as 8-bit
-    ones, since nothing else can be meant. Of a coloured mask the strongest channel counts.
+    Masks whose only values are 0 and one other up to 127 are taken as 0 and 255, and 16-bit ones of no more than 255 as
+    8-bit ones, since nothing else can be meant. Of a coloured mask the strongest channel counts.
 
     Raises:
       FileNotFoundError: no such file.
@@ -199,22 +199,35 @@ def _open(path: Path) -> Image.Image:
 
         return Image.fromarray(np.round(open_scan(path).frame(0) * 255).astype(np.uint8))
     with _opened(path) as image:
-        image.load()
-        inverted = white_is_zero(image)
-        return Image.fromarray(65535 - np.asarray(image)) if inverted else image.copy()
+        return decoded(image)
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """The first frame of an image that Pillow has opened, of a 16-bit TIFF whose 0 is white turned over.
+
+    Raises whatever Pillow does where it is damaged: see `reading`.
+    """
+    image.load()
+    return Image.fromarray(65535 - np.asarray(image)) if white_is_zero(image) else image.copy()
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose header has been read; what goes wrong in here becomes one ValueError that names the file."""
+    """An image file whose header has been read."""
+    with reading(path), Image.open(path) as image:
+        # Pillow only warns between one and two times its limit; a warning is lost in a reader process.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(
+                f"{image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}"
+            )
+        yield image
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn whatever goes wrong in here into one ValueError that names the image."""
     try:
-        with Image.open(path) as image:
-            # Pillow only warns between one and two times its limit; a warning is lost in a reader process.
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}"
-                )
-            yield image
+        yield
     except (
         Exception
     ) as fault:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more, and a warning may be an error

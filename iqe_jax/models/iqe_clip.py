@@ -226,7 +226,7 @@ class IqeClip:
         query, text = maps_query.mean(0), maps_text.mean(0)
         blur = blur_matrix(config.image_size, config.sigma)
         fused = config.fusion_weight * query + (1 - config.fusion_weight) * text
-        segmentation = jnp.einsum("Yy,byx,Xx->bYX", blur, fused, blur)
+        segmentation = jnp.minimum(jnp.einsum("Yy,byx,Xx->bYX", blur, fused, blur), 1.0)  # rounding may pass it
         pixels = segmentation.reshape(segmentation.shape[0], -1)
         return {
             "maps_query": maps_query,
