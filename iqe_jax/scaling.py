@@ -105,10 +105,10 @@ def topology_devices(name: str) -> list[Any]:
         wanted = (name.partition(";")[0].strip() for name in importlib.metadata.requires("jax") or ())
         compiler = next((name for name in wanted if name.startswith("libtpu")), "libtpu")
         raise ValueError(f"the TPU compiler is not installed: pip install '{compiler}' (docs/scaling.md)") from None
-    for key, value in _NO_TPU.items():
-        os.environ.setdefault(key, value)
+    os.environ.update({**_NO_TPU, **os.environ})
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        cores = "megacore" if name[:2] == "v4" else "default"  # on a v4 a chip's two cores are one device
+        return list(topologies.get_topology_desc(name, "tpu", chip_config_name=cores).devices)
     except Exception as error:  # the compiler's own, of no one class
         raise ValueError(f"--topology {name}: {error}") from error
 

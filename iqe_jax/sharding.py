@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 from flax.linen import spmd
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -222,7 +223,9 @@ def make_layout(config: MeshConfig, devices: Any = None) -> Layout:
             f"mesh.data {config.data}, mesh.fsdp {config.fsdp} and mesh.tensor {config.tensor} do not make the "
             f"{len(chosen)} devices that are here"
         )
-    mesh = jax.make_mesh((data, config.fsdp, config.tensor), AXES, (AxisType.Auto,) * len(AXES), devices=chosen)
+    # make_mesh itself splits no axis of a TPU's torus in two but on v5e, and raises where a small axis needs it.
+    placed = create_device_mesh((data, config.fsdp, config.tensor), chosen, allow_split_physical_axes=True)
+    mesh = Mesh(placed, AXES, (AxisType.Auto,) * len(AXES))
     rules = tuple((name, tuple(axes)) for name, axes in vars(config.rules).items())
     for name, axes in rules:
         if len(set(axes)) < len(axes):

@@ -7,9 +7,10 @@ import dataclasses
 import math
 
 import jax
+import pytest
 
 from iqe_jax.chips import CHIPS
-from iqe_jax.config import load
+from iqe_jax.config import MeshConfig, load
 from iqe_jax.footprint import train_footprint
 from iqe_jax.scaling import topology_devices
 from iqe_jax.sharding import make_layout
@@ -19,6 +20,21 @@ from iqe_jax.weights import describe
 jax.config.update("jax_platforms", "cpu")  # the TPU compiler is a library here, not a device
 
 PER_CHIP = 16
+
+
+@pytest.mark.parametrize(
+    ("topology", "fsdp", "tensor", "devices"),
+    [
+        ("v4:2x2x4", 2, 1, 16),
+        ("v5e:4x4", 4, 1, 16),
+        ("v5p:4x4x4", 1, 2, 64),
+        ("v6e:4x4", 2, 2, 16),
+        ("tpu7x:2x2x1", 2, 1, 8),
+    ],
+)
+def test_slices_of_every_kind_make_meshes_of_small_axes(topology, fsdp, tensor, devices):
+    layout = make_layout(MeshConfig(fsdp=fsdp, tensor=tensor), topology_devices(topology))
+    assert dict(layout.mesh.shape) == {"data": devices // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
 
 
 def test_full_size_step_fits_and_exchanges_only_gradients():
