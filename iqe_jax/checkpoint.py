@@ -90,6 +90,10 @@ class RunDirectory:
         """Whether training has left anything here."""
         return begun(self.path)
 
+    def agree(self) -> None:
+        """Raise ValueError on all processes where one sees another state of the run than process 0."""
+        processes.agree(f"files in {self.path}, which must be on a disk that all share,", repr((self.begun, self.kept)))
+
     def claim(self) -> None:
         """Create the directory and write the resolved config. Raises ValueError if not all processes see it then."""
         with processes.together(f"write to {self.path}"):
@@ -99,7 +103,7 @@ class RunDirectory:
                 asked = dataclasses.replace(self.config.eval, protocols=others) if others else self.config.eval
                 write_whole(self.path / "config.json", to_json(dataclasses.replace(self.config, eval=asked)))
         with processes.together("share the run directory"):
-            if not (self.path / "config.json").exists():
+            if not processes.seen(self.path / "config.json"):
                 raise ValueError(f"{self.path}, written by process 0, is not there; --run-dir must be on a shared disk")
 
     @contextlib.contextmanager
@@ -158,7 +162,9 @@ class RunDirectory:
         """The weights kept by `rule`, or the run's own. Raises FileNotFoundError or ValueError when they are not there
         or do not fit.
         """
-        return load_adapter(model, self.adapter(rule or self.config.train.keep))
+        path = self.adapter(rule or self.config.train.keep)
+        processes.seen(path)
+        return load_adapter(model, path)
 
 
 class Checkpoints:

@@ -17,12 +17,12 @@ import numpy as np
 
 from iqe_jax import calibration, features, processes, report, report_page, training_data, weights
 from iqe_jax.checkpoint import RunDirectory
-from iqe_jax.config import Config
+from iqe_jax.config import Config, to_json
 from iqe_jax.data.bmad import SETS, Sample, load_split
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.supports import held_out
 from iqe_jax.evaluator import Evaluation, evaluate_each
-from iqe_jax.experiment import Trained, look_at, render, seeds, train_run, valid_pool
+from iqe_jax.experiment import Trained, digest_of, look_at, render, seeds, train_run, valid_pool
 from iqe_jax.models.iqe_clip import Params
 from iqe_jax.processes import Preemption
 from iqe_jax.progress import console, track
@@ -80,12 +80,15 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         if given and len(config.rules) > 1:
             raise ValueError("eval.protocols compares weights that a run keeps, but model.adapter gives the weights")
         pool = valid_pool(config)
+    processes.agree("settings or images to score", f"{digest_of([*samples, *pool])} {to_json(config)}")
+    run.agree()
     look_at([*samples, *pool])
     if given:
-        with processes.together("load the weights"):
-            model, frozen = load_model(config.model, layout)
+        model, frozen = load_model(config.model, layout)
+        with processes.together("load the adapter"):
             adapter = load_adapter(model, given)
             seen = chosen_on(given)
+        processes.agree(f"weights in {given}", weights.digest(adapter))
         trained = Trained(model, frozen, layout.put(adapter, jax.tree.map(lambda _: layout.replicated, adapter)))
         known = {"rule": "given", "adapter": given}
         facts = {"given": {**known, "chosen_on_test_data": True} if seen else known}
@@ -98,7 +101,10 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         if run.finished_at is None:
             console.print(f"No trained adapter in {run.path}: training it first")
         trained = train_run(config, layout, preemption)
-        run = RunDirectory(config)
+        with processes.together("read what training has kept"):
+            processes.seen(run.path / "kept.json")
+            run = RunDirectory(config)
+        run.agree()
         facts = {rule: {"rule": rule, **(run.facts(rule) or {})} for rule in config.rules}
     shown = _shown(samples, config.eval.heatmaps)
     page = phantoms if config.eval.report is None else config.eval.report

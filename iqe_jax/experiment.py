@@ -4,6 +4,8 @@ Everything that can be missing is looked for before the first image is read.
 """
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -66,12 +68,13 @@ def train_run(config: Config, layout: Layout, preemption: Preemption) -> Trained
     with processes.together("start training"):
         run = RunDirectory(config)
         plan = training_data.plan(config, run.rules)
-    if others := processes.same_everywhere(f"{plan.digest} {to_json(config)}".encode()):
-        raise ValueError(f"processes {others} have other settings or training images than process 0")
+    processes.agree("settings or training images", f"{plan.digest} {to_json(config)}")
+    processes.agree("images to choose weights by", digest_of(plan.samples))
+    run.agree()
     if run.finished_at is None:
         look_at(plan.samples)
-    with processes.together("load the weights"):
-        model, frozen = load_model(config.model, layout)
+    model, frozen = load_model(config.model, layout)
+    with processes.together("begin the run"):
         trainer = Trainer(config, model, frozen, plan, layout, preemption)
     if run.finished_at == trainer.total:
         others = other_than((run.kept or {}).get("trained_on", {}), trainer.trained_on)
@@ -143,6 +146,15 @@ def _kept_features(config: Config, plan: training_data.Plan, model: IqeClip, lay
 
 def _has_masks(samples: list[Sample]) -> bool:
     return any(sample.mask for sample in samples)
+
+
+def digest_of(samples: Sequence[Sample]) -> str:
+    """A word for which images these are, in their order, by names and sizes."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for sample in samples:
+        sizes = [path.stat().st_size for path in (sample.image, sample.mask) if path]
+        hasher.update(os.fsencode(f"{sample.name} {sample.label} {sizes}\n"))
+    return hasher.hexdigest()
 
 
 def valid_pool(config: Config) -> list[Sample]:

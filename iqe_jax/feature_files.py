@@ -1,6 +1,5 @@
 """Features on disk: shards, which are folders with a .npy file for each array. What is in them is features.py's."""
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -38,8 +37,11 @@ def write(shard: Path, arrays: Mapping[str, np.ndarray]) -> None:
     try:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
-        with contextlib.suppress(OSError):  # another run of the same settings was quicker
+        try:
             temporary.rename(shard)
+        except OSError as error:
+            if not shard.is_dir():  # else another run of the same settings was quicker
+                raise OSError(error.errno, f"{error.strerror}, on renaming a folder", str(shard)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -140,14 +140,14 @@ def of_arrays(
     layout: Layout,
 ) -> FeatureSet:
     """Features of images already in memory, kept in memory of every process; masks are binarised at > 0.5."""
-    size, dtype = at_once(model, config, layout), kept_dtype(config)
+    size, dtype = at_once(model, config, layout, gathered=True), kept_dtype(config)
 
     def batches() -> Iterator[dict[str, jax.Array]]:
         for start in track(range(0, len(images), size), "Image tower"):
             batch = images[start : start + size]
-            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
+            local = batch[np.minimum(layout.rows(size), len(batch) - 1)]
             with layout.active():
-                tokens, pooled = run_tower(model, frozen, layout.place(padded[layout.rows(size)], size), layout)
+                tokens, pooled = run_tower(model, frozen, layout.place(local, size), layout)
             kept = {"patch_tokens": jnp.moveaxis(tokens, 0, 1).astype(dtype), "image_features": pooled}
             yield layout.whole(kept)
 
@@ -171,9 +171,10 @@ def _joined(batches: Iterable[Mapping[str, Any]], count: int) -> Arrays:
     return whole
 
 
-def at_once(model: IqeClip, config: Config, layout: Layout) -> int:
-    """Images that the tower and the scoring take at once, on all devices; see `Layout.at_once`."""
-    return layout.at_once(config.eval.batch_size, model.bytes_at_work)
+def at_once(model: IqeClip, config: Config, layout: Layout, *, gathered: bool = False) -> int:
+    """Images that the tower and the scoring take at once, on all devices, `gathered` where all processes get them."""
+    size = layout.at_once(config.eval.batch_size, model.bytes_at_work)
+    return layout.gathered_at_once(size, kept_bytes(model, config, masks=True)) if gathered else size
 
 
 def size_in_bytes(model: IqeClip, samples: Sequence[Sample], config: Config) -> int:
@@ -212,7 +213,7 @@ def of_samples(
     if where == "disk":
         return _on_disk(model, frozen, samples, config, layout, needed, title, check, labels)
 
-    size = at_once(model, config, layout)
+    size = at_once(model, config, layout, gathered=True)
     batches = stream(model, frozen, samples, size, config.data, layout)
     total = -(-len(samples) // size)
 
@@ -273,9 +274,9 @@ def _on_disk(
         _fill(model, frozen, samples, config, layout, missing, title, check)
         processes.barrier("features")
     with processes.together(f"read the features of {title}"):
-        if lost := [shard for shard in shards if not shard.is_dir()]:
+        if lost := next((shard for shard in shards if not processes.seen(shard)), None):
             raise ValueError(
-                f"{lost[0]} is not there, though another process wrote it: $IQE_JAX_CACHE must be a folder that all "
+                f"{lost} is not there, though another process wrote it: $IQE_JAX_CACHE must be a folder that all "
                 "processes share, or use --train.features memory"
             )
         image_features = np.concatenate([np.load(shard / "image_features.npy") for shard in shards])

@@ -8,9 +8,10 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from iqe_jax.progress import console
 
 T = TypeVar("T")
 
+NEWS_SECONDS = 70.0  # after which NFS, by its defaults, has asked again whether a file is there that was not before
 MESSAGE = 2000  # bytes of an error that the other processes get to see
 
 
@@ -130,6 +132,27 @@ def same_everywhere(value: bytes) -> list[int]:
     return [i for i, digest in enumerate(digests) if (digest != digests[0]).any()]
 
 
+def agree(what: str, value: str) -> None:
+    """Raise ValueError on all processes where a `value` differs from process 0's; `what` says what that is of."""
+    if jax.process_count() > 1 and (others := same_everywhere(value.encode(errors="surrogateescape"))):
+        raise ValueError(f"processes {others} have other {what} than process 0")
+
+
+def seen(path: Path) -> bool:
+    """Whether a file or folder is there, which another process has just made where several share a disk.
+
+    NFS may tell of it only after a while, or when its folder is read.
+    """
+    end = time.monotonic() + NEWS_SECONDS
+    while not path.exists():
+        if jax.process_count() == 1 or time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+        with suppress(OSError):
+            next(path.parent.iterdir(), None)
+    return True
+
+
 def everywhere(flags: np.ndarray) -> np.ndarray:
     """Elementwise, whether a flag is set on every process."""
     return np.asarray(_allgather(flags).all(0))
@@ -165,15 +188,25 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         # jax's own service listens where there are several processes, and makes them agree on where to stop.
-        self._before = None if jax.process_count() > 1 else signal.signal(signal.SIGTERM, self._hear)
+        self._before: dict[int, Any] = {}
+        if jax.process_count() > 1:
+            self._ignore_hangup()
+        else:
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._heard = True
+        self._ignore_hangup()
+
+    def _ignore_hangup(self) -> None:
+        """Of a machine that is taken away the terminal hangs up at the same time, which would end what is saving."""
+        if hasattr(signal, "SIGHUP") and signal.SIGHUP not in self._before:
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def reached(self) -> bool:
         """Whether to save and stop now. All processes have to ask equally often."""

@@ -102,6 +102,15 @@ class Layout:
         fit = max(1, min(self.budget // bytes_each, ON_A_DEVICE))
         return self.batch_shards << (fit.bit_length() - 1)
 
+    def gathered_at_once(self, size: int, bytes_each: int) -> int:
+        """As many of `size` images as every device can hold together, `bytes_each`, where `whole` puts them on all.
+
+        Two batches may be there at a time, each before and after it is put together.
+        """
+        if jax.process_count() == 1 or not self.memory:
+            return size
+        return min(size, self.padded(max(1, self.budget // (4 * bytes_each))))
+
     def rows(self, batch_size: int) -> Int[np.ndarray, " rows"]:
         """The rows, in order, of a batch of `batch_size` that devices of this process hold."""
         held = self.batch.addressable_devices_indices_map((batch_size,)).values()

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
+from iqe_jax import processes
 from iqe_jax.config import ModelConfig, read
 from iqe_jax.models.clip import ClipConfig, Templates
 from iqe_jax.models.iqe_clip import IqeClip, Params
@@ -39,15 +40,17 @@ CHOSEN_ON = "chosen_on_test_data_of"  # in an adapter's header
 def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeClip, Params]:
     """The model of `config` and CLIP's frozen parameters, laid out, or on the default device where no layout is given.
 
-    Raises FileNotFoundError or ValueError, naming the file and what to do, when weights or tokenizer cannot be had
-    or do not go with the config.
+    With a layout all processes have to call it. Raises FileNotFoundError or ValueError, naming the file and what to
+    do, when weights or tokenizer cannot be had, do not go with the config, or are not the same on all processes.
     """
     from convert.clip import load_clip
 
-    clip = load_clip(config.clip, config.tokenizer)
-    model = IqeClip(clip.config, config, _templates(clip.tokenizer, config))
+    with processes.together("load the weights"):
+        clip = load_clip(config.clip, config.tokenizer)
+        model = IqeClip(clip.config, config, _templates(clip.tokenizer, config))
     if layout is None:
         return model, jax.device_put(clip.params)
+    processes.agree(f"CLIP weights in {config.clip}", digest(clip.params, 64) if jax.process_count() > 1 else "")
     if layout.mesh.size == 1:  # where there is nothing to split, the rules need not be asked: that traces both towers
         return model, layout.put(clip.params, jax.tree.map(lambda _: layout.replicated, clip.params))
     return model, layout.put(clip.params, frozen_shardings(model, layout))
@@ -164,9 +167,9 @@ def digest(tree: Mapping[str, Any], first: int | None = None) -> str:
     """A short fingerprint of all names, shapes and values of a parameter tree, or of each array's `first` values."""
     hasher = hashlib.blake2b(digest_size=16)
     for path, leaf in _leaves(tree):
-        array = np.ascontiguousarray(leaf)
+        array = np.asarray(leaf)
         hasher.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        hasher.update(array.reshape(-1)[:first].data)
+        hasher.update(np.ascontiguousarray(array if first is None else array.flat[:first]).data)
     return hasher.hexdigest()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from iqe_jax import processes
+from iqe_jax import cache, config, processes
+from iqe_jax.checkpoint import RunDirectory
 from iqe_jax.data.phantoms import CLIP_DIR
 
 ROOT = Path(__file__).parents[1]
@@ -268,6 +271,36 @@ def test_sigterm_is_heard_while_it_is_listened_for():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_terminal_that_hangs_up_ends_no_run_that_saves(monkeypatch, count):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: count)
+    before = signal.getsignal(signal.SIGHUP)
+    with processes.Preemption():
+        assert (signal.getsignal(signal.SIGHUP) is signal.SIG_IGN) == (count == 2)  # jax itself hears those of several
+        if count == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_files_of_other_processes_are_waited_for(tmp_path, monkeypatch):
+    asked, real = [], Path.exists
+
+    def exists(path):
+        asked.append(path)
+        return len(asked) > 2 and real(path)
+
+    (tmp_path / "a").touch()
+    assert not processes.seen(tmp_path / "b")
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", exists)
+        assert processes.seen(tmp_path / "a") and len(asked) == 3
+    monkeypatch.setattr(processes, "NEWS_SECONDS", 0.3)
+    assert not processes.seen(tmp_path / "b")
+    assert not processes.seen(tmp_path / "none" / "b")
+
+
 def test_what_one_process_lacks_is_said_by_all(whole, tmp_path):
     run_dir, port = tmp_path / "run", free_port()
     # The same command in two folders, of which one has the weights.
@@ -283,6 +316,45 @@ def test_what_one_process_lacks_is_said_by_all(whole, tmp_path):
     for process in (0, 1):
         assert re.search(r"could not load the weights:\s+process 1 on .*clip", log_of(run_dir, process=process))
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "other", ["CLIP weights in clip", "settings or images to score", "weights in adapter.safetensors"]
+)
+def test_processes_with_other_files_say_so(whole, tmp_path, other):
+    """Each has a folder of its own, with the same names in them."""
+    home = tmp_path / "0"
+    shutil.copytree(cache.cache_dir() / "phantoms" / "Brain_AD", home / "sets" / "Brain_AD")
+    shutil.copytree(CLIP_DIR, home / "clip")
+    shutil.copy(whole / "adapter.safetensors", home)
+    shutil.copytree(home, tmp_path / "1")
+    if other.startswith("settings"):
+        next((tmp_path / "1" / "sets" / "Brain_AD" / "test" / "good" / "img").iterdir()).unlink()
+    else:
+        path = tmp_path / "1" / ("clip/model.safetensors" if "CLIP" in other else "adapter.safetensors")
+        with safetensors.safe_open(path, "numpy") as file:
+            notes = file.metadata()
+        tensors = safetensors.numpy.load_file(path)
+        tensors = {name: np.asarray(1.5 * array, array.dtype) for name, array in tensors.items()}
+        safetensors.numpy.save_file(tensors, path, notes)
+    run_dir, port = tmp_path / "run", free_port()
+    line = ["--data.root", "sets", "--data.phantoms", "False", "--model.clip", "clip"]
+    line += ["--model.adapter", "adapter.safetensors"]
+    started = [start("evaluate.py", run_dir, *line, process=i, port=port, folder=tmp_path / str(i)) for i in (0, 1)]
+    assert finish(*started) == [1, 1]
+    for process in (0, 1):
+        said = " ".join(log_of(run_dir, "evaluate.py", process).split())
+        assert f"processes [1] have other {other} than process 0" in said
+    assert not run_dir.exists()
+
+
+def test_processes_that_see_other_runs_say_so(whole, monkeypatch):
+    run = RunDirectory(config.read(whole / "config.json"))
+    run.agree()
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_allgather", lambda x: np.stack([x, x + 1]))
+    with pytest.raises(ValueError, match=r"\[1\] have other files in .*whole, which must be on a disk that all share"):
+        run.agree()
 
 
 def test_processes_with_other_settings_say_so(whole, tmp_path):

@@ -81,6 +81,18 @@ def test_images_at_once_are_as_many_on_each_device(memory, asked, size):
     assert layout.at_once(asked, 50_000_000) == size
 
 
+def test_images_whose_features_all_processes_get_fit_on_every_device(monkeypatch):
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    vars(layout).update(memory=16_000_000_000, batch_shards=256)
+    assert layout.gathered_at_once(16384, 4_700_000) == 16384
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert layout.gathered_at_once(16384, 4_700_000) == 256  # 212 fit, made up to what the devices share evenly
+    assert layout.gathered_at_once(16384, 470_000) == 2304
+    assert layout.gathered_at_once(512, 470_000) == 512
+    vars(layout)["memory"] = 0
+    assert layout.gathered_at_once(16384, 4_700_000) == 16384
+
+
 def test_the_least_number_of_all_processes_may_be_large(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     gather = processes.multihost_utils

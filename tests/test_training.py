@@ -730,6 +730,16 @@ def test_a_shard_that_another_run_wrote_first_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
+def test_a_disk_that_renames_no_folders_is_named(tmp_path, monkeypatch):
+    def rename(path, target):
+        raise OSError(errno.EMFILE, "Too many open files")  # as Cloud Storage FUSE may say
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match=r"Too many open files, on renaming a folder: '.*/0'"):
+        feature_files.write(tmp_path / "0", {"tokens": np.zeros((2, 3))})
+    assert not list(tmp_path.iterdir())
+
+
 def test_features_that_may_not_be_read_are_no_damaged_ones(tmp_path, monkeypatch):
     feature_files.write(tmp_path / "0", {"tokens": np.zeros((2, 3), np.float32)})
     types = {"tokens": np.dtype(np.float32)}
