@@ -73,14 +73,17 @@ def test_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
     assert at_work.exists()  # of another process
 
 
-def test_another_process_was_first(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shown_late", [False, True])
+def test_another_process_was_first(tmp_path, monkeypatch, shown_late):
     make_set(tmp_path / "Brain_AD")
-    real = bmad_builder.prepare
+    real, is_dir = bmad_builder.prepare, Path.is_dir
 
     def late(data_dir, split, rows):
         real(data_dir, split, rows)
         monkeypatch.setattr(bmad_builder, "prepare", real)
         load_split(tmp_path, "brain", "test")
+        if shown_late:  # as by NFS
+            monkeypatch.setattr(Path, "is_dir", lambda path: path.parent.name != "tfds" and is_dir(path))
 
     monkeypatch.setattr(bmad_builder, "prepare", late)
     assert shown(load_split(tmp_path, "brain", "test")) == WITH_MASKS

@@ -5,6 +5,7 @@ Both MVFA's packaging of the six sets and BMAD's own are understood. The listing
 prepared anew. Opening the files is left to transforms.py and pipeline.py.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -254,9 +255,10 @@ def _through_tfds(rows: list[tuple[bytes, bytes, int, int]], split: Split, diges
         bmad_builder.prepare(aside, split, typed)
         try:
             aside.rename(final)
-        except OSError:
-            if not final.is_dir():  # else another process was first, with the same rows
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) and not final.is_dir():
                 raise
+            return typed  # another process was first, with the same rows, which NFS may show late
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return bmad_builder.read(final, split)
