@@ -156,6 +156,8 @@ def _score(
 ) -> dict[str, Evaluation]:
     """`evaluate_each` on image files, with progress; `options` are its own."""
     size, zero_shot = features.at_once(trained.model, config, layout), config.zero_shot
+    if options.get("on_maps"):
+        size = layout.gathered_at_once(size, 4 * config.model.image_size**2)
     batches = features.stream(trained.model, trained.frozen, samples, size, config.data, layout)
     batches = track(batches, title, total=-(-len(samples) // size))
     return evaluate_each(
