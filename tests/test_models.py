@@ -470,6 +470,17 @@ def test_what_dropout_leaves_is_scaled_up():
     assert found.mean() == pytest.approx(1, abs=0.01)
 
 
+def test_what_is_dropped_of_an_image_does_not_depend_on_those_after_it():
+    class Drop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return iqm._dropout(self, x, 0.25)
+
+    few, many = (Drop().apply({}, jnp.ones((4, n, 30)), rngs={"dropout": jax.random.key(0)}) for n in (3, 5))
+    np.testing.assert_array_equal(few, many[:, :3])
+    assert len(np.unique(np.asarray(few).reshape(12, 30), axis=0)) == 12  # every level of every image has its own
+
+
 def test_dropout_leaves_dense_and_text_features_alone(weights, pixels):
     off, on = head(weights, pixels), head(weights, pixels, jax.random.key(0), 0.5)
     for name in ("dense_features", "text_embeddings", "logits_text"):

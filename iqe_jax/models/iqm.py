@@ -182,9 +182,13 @@ def _drops(module: nn.Module, rate: float) -> bool:
     return rate > 0 and module.has_rng("dropout")
 
 
-def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Drop entries of `x` at `rate` where the caller gave a 'dropout' rng, else return it as it is."""
+def _dropout(module: nn.Module, x: Float[Array, "level batch ..."], rate: float) -> Float[Array, "level batch ..."]:
+    """Drop entries of `x` at `rate` where the caller gave a 'dropout' rng, else return it as it is.
+
+    Drawn image by image, so that those which only fill up a batch change nothing for the others.
+    """
     if not _drops(module, rate):
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    levels, images, *rest = x.shape
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, (images, levels, *rest)).swapaxes(0, 1)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
