@@ -134,7 +134,7 @@ def same_everywhere(value: bytes) -> list[int]:
 
 def agree(what: str, value: str) -> None:
     """Raise ValueError on all processes where a `value` differs from process 0's; `what` says what that is of."""
-    if jax.process_count() > 1 and (others := same_everywhere(value.encode(errors="surrogateescape"))):
+    if others := same_everywhere(value.encode(errors="surrogateescape")):
         raise ValueError(f"processes {others} have other {what} than process 0")
 
 

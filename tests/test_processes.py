@@ -274,13 +274,16 @@ def test_sigterm_is_heard_while_it_is_listened_for():
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_terminal_that_hangs_up_ends_no_run_that_saves(monkeypatch, count):
     monkeypatch.setattr(processes.jax, "process_count", lambda: count)
-    before = signal.getsignal(signal.SIGHUP)
-    with processes.Preemption():
-        assert (signal.getsignal(signal.SIGHUP) is signal.SIG_IGN) == (count == 2)  # jax itself hears those of several
-        if count == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGHUP)
-    assert signal.getsignal(signal.SIGHUP) is before
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # by which the tests would end; nohup ignores it
+    try:
+        with processes.Preemption():
+            assert (signal.getsignal(signal.SIGHUP) is signal.SIG_IGN) == (count == 2)  # jax itself hears SIGTERM then
+            if count == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_files_of_other_processes_are_waited_for(tmp_path, monkeypatch):
