@@ -263,9 +263,9 @@ def check(config: Config) -> None:
         "mesh.tensor": config.mesh.tensor,
         "eval.seeds": config.eval.seeds,
     }
-    sizes = {"train.steps": train.steps, "eval.batch_size": config.eval.batch_size}
-    sizes["model.prompt_depth"] = model.prompt_depth
-    positive |= {name: value for name, value in sizes.items() if value is not None}
+    optional = {"train.steps": train.steps, "eval.batch_size": config.eval.batch_size}
+    optional["model.prompt_depth"] = model.prompt_depth
+    positive |= {name: value for name, value in optional.items() if value is not None}
     not_negative = {
         "model.learnable_tokens": model.learnable_tokens,
         "model.sigma": model.sigma,

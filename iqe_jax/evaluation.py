@@ -22,7 +22,7 @@ from iqe_jax.data.bmad import SETS, Sample, load_split
 from iqe_jax.data.phantoms import MARK
 from iqe_jax.data.supports import held_out
 from iqe_jax.evaluator import Evaluation, evaluate_each
-from iqe_jax.experiment import Trained, digest_of, look_at, render, seeds, train_run, valid_pool
+from iqe_jax.experiment import Trained, look_at, render, seeds, train_run, valid_pool
 from iqe_jax.models.iqe_clip import Params
 from iqe_jax.processes import Preemption
 from iqe_jax.progress import console, track
@@ -80,7 +80,8 @@ def _evaluate(config: Config, layout: Layout, preemption: Preemption) -> dict[st
         if given and len(config.rules) > 1:
             raise ValueError("eval.protocols compares weights that a run keeps, but model.adapter gives the weights")
         pool = valid_pool(config)
-    processes.agree("settings or images to score", f"{digest_of([*samples, *pool])} {to_json(config)}")
+    read = training_data.digest_of({"test": samples, "valid": pool})
+    processes.agree("settings or images to score", f"{read} {to_json(config)}")
     run.agree()
     look_at([*samples, *pool])
     if given:

@@ -4,8 +4,6 @@ Everything that can be missing is looked for before the first image is read.
 """
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -69,7 +67,7 @@ def train_run(config: Config, layout: Layout, preemption: Preemption) -> Trained
         run = RunDirectory(config)
         plan = training_data.plan(config, run.rules)
     processes.agree("settings or training images", f"{plan.digest} {to_json(config)}")
-    processes.agree("images to choose weights by", digest_of(plan.samples))
+    processes.agree("images to choose weights by", training_data.digest_of(plan.selection))
     run.agree()
     if run.finished_at is None:
         look_at(plan.samples)
@@ -146,15 +144,6 @@ def _kept_features(config: Config, plan: training_data.Plan, model: IqeClip, lay
 
 def _has_masks(samples: list[Sample]) -> bool:
     return any(sample.mask for sample in samples)
-
-
-def digest_of(samples: Sequence[Sample]) -> str:
-    """A word for which images these are, in their order, by names and sizes."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for sample in samples:
-        sizes = [path.stat().st_size for path in (sample.image, sample.mask) if path]
-        hasher.update(os.fsencode(f"{sample.name} {sample.label} {sizes}\n"))
-    return hasher.hexdigest()
 
 
 def valid_pool(config: Config) -> list[Sample]:

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -70,13 +70,7 @@ class Plan:
         By name and size, and by content where they are as few as support images are; not by place and time, as a run
         may go on on another machine.
         """
-        hasher, few = hashlib.blake2b(digest_size=8), len(self.names) <= FEW
-        for name, samples in self.training.items():
-            for sample in samples:
-                hasher.update(os.fsencode(f"{name} {sample.name}\n"))
-                for path in filter(None, (sample.image, sample.mask)):
-                    hasher.update(path.read_bytes() if few else f"{path.stat().st_size}\n".encode())
-        return hasher.hexdigest()
+        return digest_of(self.training, whole=len(self.names) <= FEW)
 
     def order(self, config: Config) -> FewShotBatches | LeaveOneOutBatches:
         """Which images each step sees, known from the step's number alone."""
@@ -85,6 +79,17 @@ class Plan:
             return LeaveOneOutBatches([len(samples) for samples in self.training.values()], size, seed)
         (support,) = self.training.values()
         return FewShotBatches(len(support) * AUGMENTATIONS, size, seed)
+
+
+def digest_of(named: Mapping[str, Sequence[Sample]], *, whole: bool = False) -> str:
+    """A word for which images these are, in their order: by names and sizes, or, where `whole`, names and content."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for name, samples in named.items():
+        for sample in samples:
+            hasher.update(os.fsencode(f"{name} {sample.name}\n"))
+            for path in filter(None, (sample.image, sample.mask)):
+                hasher.update(path.read_bytes() if whole else f"{path.stat().st_size}\n".encode())
+    return hasher.hexdigest()
 
 
 def render_phantoms(config: Config) -> None:

@@ -50,7 +50,7 @@ def load_model(config: ModelConfig, layout: Layout | None = None) -> tuple[IqeCl
         model = IqeClip(clip.config, config, _templates(clip.tokenizer, config))
     if layout is None:
         return model, jax.device_put(clip.params)
-    processes.agree(f"CLIP weights in {config.clip}", digest(clip.params, 64) if jax.process_count() > 1 else "")
+    processes.agree(f"CLIP weights in {config.clip}", digest(clip.params, 64))
     if layout.mesh.size == 1:  # where there is nothing to split, the rules need not be asked: that traces both towers
         return model, layout.put(clip.params, jax.tree.map(lambda _: layout.replicated, clip.params))
     return model, layout.put(clip.params, frozen_shardings(model, layout))

@@ -30,7 +30,7 @@ Split = Literal["valid", "test"]
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom"})
 _SPLIT_NAMES = {"valid": ("valid", "val"), "test": ("test",)}
 _MASK_NAMES = ("anomaly_mask", "label")
-_NAMED_AT_MOST = 20  # file names in one error message
+NAMED_AT_MOST = 20  # file names in one error message
 _ABANDONED_AFTER = 3600.0  # seconds; a preparation takes well under a minute
 
 
@@ -310,8 +310,8 @@ def _stamp(path: Path, base: Path) -> list:
 
 
 def _some(names: list[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _held(folder: Path) -> str:

@@ -17,14 +17,13 @@ from typing import NamedTuple, NotRequired, TypedDict, TypeVar, cast
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from iqe_jax.data.bmad import Sample
+from iqe_jax.data.bmad import NAMED_AT_MOST, Sample
 from iqe_jax.data.transforms import check_header, load_image, load_pair, region_shares
 from iqe_jax.progress import track
 
 T = TypeVar("T")
 
 _AT_ONCE = 16  # files whose headers are waited for, which on a disk across a network takes milliseconds each
-_NAMED_AT_MOST = 20  # files in one error message
 
 _live: "weakref.WeakSet[Generator]" = weakref.WeakSet()  # iterations that have not been dropped
 
@@ -53,7 +52,7 @@ def check_files(samples: Sequence[Sample]) -> None:
     Pixels are not decoded, so a file whose end is missing is found when its turn comes.
 
     Raises ValueError naming every file that is empty, no image, of a kind that is not read or a mask of another size
-    than its image; of more than 20 the first.
+    than its image; of more than `NAMED_AT_MOST` the first.
     """
 
     def fault(sample: Sample) -> str | None:
@@ -70,8 +69,8 @@ def check_files(samples: Sequence[Sample]) -> None:
     if len(bad) == 1:
         raise ValueError(bad[0])
     if bad:
-        more = [f"and {len(bad) - _NAMED_AT_MOST} more"] if len(bad) > _NAMED_AT_MOST else []
-        lines = "\n  ".join([*bad[:_NAMED_AT_MOST], *more])
+        more = [f"and {len(bad) - NAMED_AT_MOST} more"] if len(bad) > NAMED_AT_MOST else []
+        lines = "\n  ".join([*bad[:NAMED_AT_MOST], *more])
         raise ValueError(f"{len(bad)} of {len(samples)} images cannot be used:\n  {lines}")
 
 
